@@ -1,0 +1,26 @@
+"""The four operations of dynamic chunking, in the packed layout of `ops.packing`.
+
+boundary probability -> compaction -> (any network) -> smoothing -> expansion
+
+Each has its contract at the top of its file, a sequential oracle in `ops.reference`, a hand-written
+backward registered with torch.library, and a step form for decoding.
+"""
+
+from h_net_dynamic_chunking.ops.boundary import boundary_probability, boundary_probability_step
+from h_net_dynamic_chunking.ops.compaction import Segmentation, compact, gather_rows, segment
+from h_net_dynamic_chunking.ops.ema import Smoothed, ema_smooth, ema_smooth_step
+from h_net_dynamic_chunking.ops.expansion import expand, expand_step
+
+__all__ = [
+    "Segmentation",
+    "Smoothed",
+    "boundary_probability",
+    "boundary_probability_step",
+    "compact",
+    "ema_smooth",
+    "ema_smooth_step",
+    "expand",
+    "expand_step",
+    "gather_rows",
+    "segment",
+]

@@ -1,0 +1,199 @@
+"""Compaction: keep the boundary positions, and know for each position which chunk it is in.
+
+Contract
+    x:                 (total, dim), any dtype; packed
+    boundary_mask:     (total,), bool
+    cu_seqlens:        (batch + 1,), int32 or int64
+    max_chunks:        None, or how many chunks a sequence may have
+    out chunks:        (chunks, dim): x at the boundaries, order kept
+    out segmentation:  see `Segmentation`
+
+The first position of every sequence is a boundary whatever the mask says. One host read at most:
+how many chunks there are, in all and in the longest sequence. With `max_chunks` there is none: the
+chunk buffer then has the static size batch * max_chunks, its tail holds zeros, and boundaries past
+the limit of their sequence are dropped, first come first served, so that the choice stays causal.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops.packing import (
+    check_cu_seqlens,
+    check_same_length,
+    gather_or_zero,
+    in_some_sequence,
+    sequence_of_position,
+    sequence_starts,
+)
+
+
+class Segmentation(NamedTuple):
+    """Which positions open chunks, in the packed layout."""
+
+    boundary_mask: Tensor
+    """bool (total,): the boundaries that were kept."""
+    boundary_positions: Tensor
+    """int64 (chunks,): where each chunk opens; -1 in the tail."""
+    chunk_of_position: Tensor
+    """int64 (total,): the chunk that each position is in; -1 in the tail."""
+    cu_chunks: Tensor
+    """int64 (batch + 1,): cumulative number of chunks."""
+    chunk_grid: Tensor
+    """int64 (batch, most chunks): the chunks of each sequence, side by side; -1 where none."""
+
+    @property
+    def slot_of_position(self) -> Tensor:
+        """int64 (total,): the chunk that a boundary opens, -1 at the other positions."""
+        return self.chunk_of_position.where(self.boundary_mask, -1)
+
+    def at_boundaries(self, values: Tensor) -> Tensor:
+        """`values` (total,) where the chunks open: (chunks,), 0 in the tail."""
+        return gather_rows(values[:, None], self.boundary_positions, self.slot_of_position)[:, 0]
+
+    def sum_over_chunks(self, values: Tensor | None = None) -> Tensor:
+        """Sum of `values` (total,) over each chunk: (chunks,); of ones, its length, by default."""
+        values = torch.ones_like(self.chunk_of_position) if values is None else values
+        chunks = self.boundary_positions.shape[0]
+        # The tail adds to a spare slot, which is cut off again.
+        owner = self.chunk_of_position.where(self.chunk_of_position >= 0, chunks)
+        return values.new_zeros(chunks + 1).index_add(0, owner, values)[:chunks]
+
+
+def segment(
+    boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None = None
+) -> Segmentation:
+    """Turn a boundary mask into chunk numbers; see the contract at the top of this file.
+
+    Raises:
+        ValueError: shapes or dtypes off the contract, or `max_chunks` under 1.
+
+    >>> mask = torch.tensor([True, False, True, False])
+    >>> segment(mask, torch.tensor([0, 3, 4])).chunk_of_position
+    tensor([0, 0, 1, 2])
+    """
+    if boundary_mask.ndim != 1 or boundary_mask.dtype != torch.bool:
+        raise ValueError(
+            f"boundary_mask must be bool of shape (total,), "
+            f"got {boundary_mask.dtype} of shape {tuple(boundary_mask.shape)}"
+        )
+    check_cu_seqlens(cu_seqlens)
+    if max_chunks is not None and max_chunks < 1:
+        raise ValueError(f"max_chunks must be at least 1, got {max_chunks}")
+    return Segmentation(*_segment(boundary_mask, cu_seqlens, max_chunks))
+
+
+def compact(
+    x: Tensor, boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None = None
+) -> tuple[Tensor, Segmentation]:
+    """Select the rows of `x` at the boundaries; see the contract at the top of this file.
+
+    Raises:
+        ValueError: shapes or dtypes off the contract, or `max_chunks` under 1.
+
+    >>> x = torch.arange(4.0)[:, None]
+    >>> compact(x, torch.tensor([True, False, True, False]), torch.tensor([0, 4]))[0].flatten()
+    tensor([0., 2.])
+    """
+    check_same_length("boundary_mask", boundary_mask, "x", x)
+    segmentation = segment(boundary_mask, cu_seqlens, max_chunks)
+    chunks = gather_rows(x, segmentation.boundary_positions, segmentation.slot_of_position)
+    return chunks, segmentation
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """`out[i] = x[index[i]]`, and a row of zeros where `index[i]` is -1.
+
+    No row is read twice, and `inverse` says where each row of `x` went (-1: nowhere), so that
+    the backward pass is this same function with the two exchanged: no sum, no atomics.
+
+    Args:
+        x: (rows, dim), any dtype.
+        index: int64 (rows_out,), in -1 .. rows - 1.
+        inverse: int64 (rows,), in -1 .. rows_out - 1, with `index[inverse[j]] == j`.
+    """
+    out: Tensor = _gather_rows(x, index, inverse)
+    return out
+
+
+@torch.library.custom_op("h_net::segment", mutates_args=())
+def _segment(
+    boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total, batch = boundary_mask.shape[0], cu_seqlens.shape[0] - 1
+    live = in_some_sequence(cu_seqlens, total)
+    opens = (boundary_mask | sequence_starts(cu_seqlens, total)) & live
+    cu_seqlens = cu_seqlens.to(torch.int64)
+    if max_chunks is not None:
+        opens &= _within_limit(opens, cu_seqlens, max_chunks)
+    opened = _count_before(opens)
+    cu_chunks = opened[cu_seqlens]
+    if max_chunks is not None:
+        chunks, most = batch * max_chunks, max_chunks
+    else:
+        # The one host read of a stage.
+        chunks, most = (
+            torch.stack((cu_chunks[-1], cu_chunks.diff().amax())).tolist() if batch else (0, 0)
+        )
+    positions = torch.nonzero_static(opens, size=chunks, fill_value=-1).flatten()
+    chunk_of_position = (opened[1:] - 1).masked_fill_(~live, -1)
+    grid = cu_chunks[:-1, None] + torch.arange(most, device=opens.device)
+    grid.masked_fill_(grid >= cu_chunks[1:, None], -1)
+    return opens, positions, chunk_of_position, cu_chunks, grid
+
+
+def _count_before(opens: Tensor) -> Tensor:
+    """int64 (total + 1,): how many are set before each position, and in all."""
+    return torch.nn.functional.pad(opens.cumsum(0), (1, 0))
+
+
+def _within_limit(opens: Tensor, cu_seqlens: Tensor, max_chunks: int) -> Tensor:
+    opened = _count_before(opens)
+    before_sequence = opened[cu_seqlens][sequence_of_position(cu_seqlens, opens.shape[0])]
+    return opened[1:] - before_sequence <= max_chunks
+
+
+@_segment.register_fake
+def _(
+    boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = cu_seqlens.shape[0] - 1
+    integers = torch.empty_like(boundary_mask, dtype=torch.int64)
+    chunks: int | torch.SymInt
+    most: int | torch.SymInt
+    if max_chunks is not None:
+        chunks, most = batch * max_chunks, max_chunks
+    else:
+        chunks = torch.library.get_ctx().new_dynamic_size()
+        most = torch.library.get_ctx().new_dynamic_size()
+    return (
+        torch.empty_like(boundary_mask),
+        integers.new_empty(chunks),
+        integers,
+        integers.new_empty(batch + 1),
+        integers.new_empty(batch, most),
+    )
+
+
+@torch.library.custom_op("h_net::gather_rows", mutates_args=())
+def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return gather_or_zero(x, index)
+
+
+@_gather_rows.register_fake
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    _, index, inverse = inputs
+    ctx.save_for_backward(index, inverse)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return _gather_rows(grad, inverse, index), None, None
+
+
+_gather_rows.register_autograd(_backward, setup_context=_setup_context)

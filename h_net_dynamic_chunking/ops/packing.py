@@ -1,0 +1,101 @@
+"""The packed layout: sequences laid end to end in one `(total, dim)` buffer.
+
+`cu_seqlens` (batch + 1,) holds the cumulative lengths: sequence i owns the positions
+`cu_seqlens[i] .. cu_seqlens[i + 1] - 1`. A buffer may be longer than `cu_seqlens[-1]`; the tail
+belongs to no sequence, is never read and receives no gradient. That is what lets buffers have
+static shapes when the lengths live on a device.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elementwise kernels of torch stay on one thread up to this many elements.
+_TILE_ELEMENTS = 32768
+
+
+def cu_seqlens_from_lens(lens: Tensor) -> Tensor:
+    """Cumulative lengths, int64 `(batch + 1,)`, of integer lengths `(batch,)`."""
+    return torch.nn.functional.pad(lens.to(torch.int64).cumsum(0), (1, 0))
+
+
+def in_some_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Bool `(total,)`: False in the tail that belongs to no sequence."""
+    return torch.arange(total, device=cu_seqlens.device) < cu_seqlens[-1]
+
+
+def sequence_starts(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Bool `(total,)`: True at the first position of each non-empty sequence."""
+    # One slot more than there are positions, because empty sequences at the end start there.
+    starts = cu_seqlens.new_zeros(total + 1, dtype=torch.bool)
+    starts[cu_seqlens[:-1].to(torch.int64)] = True
+    return starts[:total] & in_some_sequence(cu_seqlens, total)
+
+
+def sequence_of_position(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Int64 `(total,)`: which sequence owns each position; `batch` in the tail."""
+    positions = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+def check_packed(name: str, tensor: Tensor, ndim: int) -> None:
+    """Raise ValueError unless `tensor` is a floating-point tensor of `ndim` dimensions."""
+    if tensor.ndim != ndim or not tensor.is_floating_point():
+        wanted = "(total, dim)" if ndim == 2 else "(total,)"
+        raise ValueError(
+            f"{name} must be a floating-point tensor of shape {wanted}, "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+
+
+def check_same_length(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless the two share their first dimension."""
+    if tensor.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{name} must have as many rows as {other_name}, "
+            f"got {tensor.shape[0]} and {other.shape[0]}"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, name: str = "cu_seqlens") -> None:
+    """Raise ValueError unless `cu_seqlens` is an integer vector with at least one entry.
+
+    Its values are not read: on a GPU that would stop the host.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: what the operations compute in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_tiles(x: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of x: cache-sized ones on a CPU, a single one elsewhere.
+
+    A temporary of the size of x costs a CPU more for its fresh pages than for its arithmetic; one
+    of the size of a tile is memory that the tile before has just left in the cache.
+    """
+    rows = x.shape[0]
+    step = rows if x.device.type != "cpu" else max(1, _TILE_ELEMENTS // max(1, x.shape[1]))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, max(1, step)))
+
+
+def zero_rows_(x: Tensor, rows: Tensor) -> Tensor:
+    """Overwrite with zeros, in place, the rows of x (n, dim) where `rows`, bool (n,), is True."""
+    if x.device.type == "cpu":
+        # Most often there are none, and then x is not touched at all.
+        return x.index_fill_(0, rows.nonzero().flatten(), 0)
+    return x.masked_fill_(rows[:, None], 0)
+
+
+def gather_or_zero(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` for x (rows, dim), with rows of zeros where the index is -1."""
+    if x.shape[0] == 0:
+        return x.new_zeros(index.shape[0], x.shape[1])
+    # The row that a clamped -1 reads is overwritten, so that a NaN in it goes no further.
+    return zero_rows_(x.index_select(0, index.clamp(min=0)), index < 0)

@@ -1,0 +1,98 @@
+"""What the tests share: ragged cases, tolerances by dtype, and comparison against an oracle."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+# Empty sequences at both ends and in the middle, single tokens, and lengths over the EMA's block
+# of 16 and over the square of it, where its recursion is two deep.
+RAGGED = [[5], [1], [0], [3, 0, 1, 7], [0, 4, 0], [1, 1, 1], [0, 0], [40, 3], [300, 17]]
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
+
+# Relative to the largest value of the reference.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def cumulative(lens: Sequence[int], device: str = "cpu") -> Tensor:
+    """cu_seqlens of the lengths."""
+    return torch.tensor([0, *lens], device=device).cumsum(0)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """Seeded random numbers that no other test touches."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    """float64 normal numbers that require a gradient."""
+    numbers = torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+    return numbers.to(device).requires_grad_()
+
+
+def probabilities(total: int, seed: int = 1, device: str = "cpu") -> Tensor:
+    """float64 numbers in [0, 1], some of them exactly 0 or 1, that require a gradient."""
+    p = torch.rand(total, generator=generator(seed), dtype=torch.float64)
+    p[::7] = 1.0
+    p[3::11] = 0.0
+    return p.to(device).requires_grad_()
+
+
+def boundaries(total: int, share: float = 0.4, seed: int = 2, device: str = "cpu") -> Tensor:
+    """A random bool mask."""
+    return (torch.rand(total, generator=generator(seed)) < share).to(device)
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float | None = None) -> None:
+    """Fail with the name, the error and where it sits, unless the two agree."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    if got.numel() == 0:
+        return
+    got, want = got.detach(), want.detach()
+    tolerance = TOLERANCE[got.dtype] if tolerance is None else tolerance
+    error = (got.double() - want.double()).abs()
+    bound = tolerance * max(1.0, float(want.double().abs().max()))
+    worst = int(torch.where(error.isnan(), torch.inf, error).argmax())
+    assert bool((error <= bound).all()), (
+        f"{name}: error {float(error.flatten()[worst]):.3g} over {bound:.3g} at flat index {worst}"
+    )
+
+
+def assert_same_function(
+    op: Callable[..., Tensor], oracle: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> None:
+    """The values and the gradients of all inputs agree, under random weights on the output."""
+    got, want = op(*inputs), oracle(*inputs)
+    assert_close("output", got, want)
+    for i, (g, w) in enumerate(zip(_gradients(got, inputs), _gradients(want, inputs), strict=True)):
+        assert_close(f"gradient of input {i}", g, w)
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of all inputs under random weights on the output; zeros where there is no path."""
+    weights = torch.randn(output.shape, generator=generator(9), dtype=torch.float64)
+    loss = (output * weights.to(output.device)).sum()
+    # An empty output may hang on no input.
+    loss = loss + sum(x.sum() * 0 for x in inputs)
+    gradients = torch.autograd.grad(loss, inputs)
+    return list(gradients)
+
+
+def assert_within_low_precision_budget(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The error is at most twice that of plain low-precision arithmetic, against fp64."""
+    error = (got.double() - exact).abs().max()
+    allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile without a compiler: whole graph, dynamic shapes, traced autograd."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
