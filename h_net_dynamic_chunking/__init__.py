@@ -1,1 +1,23 @@
 """Dynamic chunking for sequence models: the H-Net (arXiv 2507.07955), as parts that compose."""
+
+from h_net_dynamic_chunking._version import __version__
+from h_net_dynamic_chunking.chunker import DynamicSequenceChunker, Outputs
+from h_net_dynamic_chunking.h_net import HNet, HNetOutput
+from h_net_dynamic_chunking.intermediates import Intermediates
+from h_net_dynamic_chunking.losses import (
+    SegmentationStatistics,
+    ratio_loss,
+    segmentation_statistics,
+)
+
+__all__ = [
+    "DynamicSequenceChunker",
+    "HNet",
+    "HNetOutput",
+    "Intermediates",
+    "Outputs",
+    "SegmentationStatistics",
+    "__version__",
+    "ratio_loss",
+    "segmentation_statistics",
+]

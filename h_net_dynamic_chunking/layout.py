@@ -1,0 +1,173 @@
+"""How a caller lays sequences out, and the way from there to the packed layout and back.
+
+Three forms come in at the door: padded `(batch, length, ...)` with or without `lens`, packed
+`(total, ...)` with `cu_seqlens`, and jagged nested tensors. Inside, everything is packed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops.compaction import Segmentation, gather_rows
+from h_net_dynamic_chunking.ops.packing import check_cu_seqlens, cu_seqlens_from_lens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a caller's sequences, and where each position stands when packed."""
+
+    cu_seqlens: Tensor
+    """int (batch + 1,): cumulative lengths."""
+    shape: tuple[int, ...]
+    """The leading sizes of the caller's tensors: (batch, length), or (total,) when packed."""
+    index: Tensor | None = None
+    """int64 (total,): flat padded place of each packed position; None if they are the same."""
+    inverse: Tensor | None = None
+    """int64 (batch * length,): packed position of each padded place, -1 at a pad."""
+    jagged: bool = False
+    """Whether the caller's tensors are nested."""
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def padded(self) -> bool:
+        """Whether the caller's tensors have a batch dimension."""
+        return len(self.shape) == 2
+
+    @property
+    def lens(self) -> Tensor:
+        """int64 (batch,): length of each sequence."""
+        return self.cu_seqlens.diff().to(torch.int64)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, of the leading shape: True at real positions."""
+        if self.inverse is not None:
+            return (self.inverse >= 0).view(self.shape)
+        total = self.shape[0] * self.shape[1] if self.padded else self.shape[0]
+        here = torch.arange(total, device=self.cu_seqlens.device) < self.cu_seqlens[-1]
+        return here.view(self.shape)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(batch, length, ...) or jagged -> (total, ...). Pads are not read."""
+        if x.is_nested:
+            return x.values()
+        if not self.padded:
+            return x
+        flat = x.flatten(0, 1)
+        if self.index is None or self.inverse is None:
+            return flat
+        return _gather(flat, self.index, self.inverse)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(total, ...) -> the caller's form, with zeros at the pads."""
+        if self.jagged:
+            nested: Tensor = torch.nested.nested_tensor_from_jagged(packed, self.cu_seqlens)
+            return nested
+        if self.index is not None and self.inverse is not None:
+            packed = _gather(packed, self.inverse, self.index)
+        return packed.reshape(*self.shape, *packed.shape[1:]) if self.padded else packed
+
+
+def layout_of(
+    tokens: Tensor, lens: Tensor | Sequence[int] | None = None, cu_seqlens: Tensor | None = None
+) -> Layout:
+    """The layout of `tokens`, checked.
+
+    Raises:
+        ValueError: both lens and cu_seqlens, or either of the wrong shape, dtype or (where it can
+            be read without stopping a GPU) value.
+    """
+    if tokens.is_nested:
+        if lens is not None or cu_seqlens is not None:
+            raise ValueError("tokens is a nested tensor: it holds its lengths, so pass no others")
+        offsets: Tensor = tokens.offsets()  # type: ignore[attr-defined]  # jagged tensors only
+        return Layout(offsets, (tokens.values().shape[0],), jagged=True)
+    if lens is not None and cu_seqlens is not None:
+        raise ValueError("lens and cu_seqlens exclude each other: pass one")
+    if cu_seqlens is not None:
+        return _packed_layout(tokens, cu_seqlens)
+    if tokens.ndim < 3:
+        raise ValueError(
+            "tokens must have shape (batch, length, dim), or (total, dim) together with "
+            f"cu_seqlens, got {tuple(tokens.shape)}"
+        )
+    batch, length = tokens.shape[:2]
+    if lens is None:
+        steps = torch.arange(batch + 1, device=tokens.device)
+        return Layout(steps * length, (batch, length))
+    return _ragged_layout(tokens, torch.as_tensor(lens))
+
+
+def layout_of_chunks(segmentation: Segmentation, outer: Layout) -> Layout:
+    """The layout of the chunks, in the form that the positions came in."""
+    cu_chunks, grid = segmentation.cu_chunks, segmentation.chunk_grid
+    chunks = segmentation.boundary_positions.shape[0]
+    if not outer.padded:
+        return Layout(cu_chunks, (chunks,), jagged=outer.jagged)
+    return _grid_layout(cu_chunks, grid, chunks)
+
+
+def _grid_layout(cu_seqlens: Tensor, grid: Tensor, total: int) -> Layout:
+    """The layout of sequences whose packed positions stand in the rows of `grid`, -1 at a pad."""
+    inverse = grid.flatten()
+    # Every padded place of a real position writes its own number; the pads write to a spare slot.
+    places = torch.arange(inverse.shape[0], device=grid.device)
+    index = torch.full((total + 1,), -1, dtype=torch.int64, device=grid.device)
+    index.scatter_(0, inverse.where(inverse >= 0, total), places)
+    return Layout(cu_seqlens, tuple(grid.shape), index[:total], inverse)
+
+
+def padded_view(layout: Layout) -> Layout:
+    """The padded layout of packed sequences. Reads the length of the longest one on the host."""
+    lens = layout.lens
+    longest = int(lens.amax()) if layout.batch else 0
+    return _grid_layout(layout.cu_seqlens, _grid(layout.cu_seqlens, longest), layout.shape[0])
+
+
+def _grid(cu_seqlens: Tensor, length: int) -> Tensor:
+    """int64 (batch, length): the packed position in each padded place, -1 at a pad."""
+    steps = torch.arange(length, device=cu_seqlens.device)
+    grid = cu_seqlens[:-1, None].to(torch.int64) + steps
+    return grid.masked_fill_(grid >= cu_seqlens[1:, None], -1)
+
+
+def _packed_layout(tokens: Tensor, cu_seqlens: Tensor) -> Layout:
+    check_cu_seqlens(cu_seqlens)
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"tokens must have shape (total, dim) with cu_seqlens, got {tuple(tokens.shape)}"
+        )
+    if not cu_seqlens.is_cuda:
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values != sorted(values) or values[-1] > tokens.shape[0]:
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to at most {tokens.shape[0]}, the rows of tokens, "
+                f"got {values}"
+            )
+    return Layout(cu_seqlens, (tokens.shape[0],))
+
+
+def _ragged_layout(tokens: Tensor, lens: Tensor) -> Layout:
+    batch, length = tokens.shape[:2]
+    if lens.shape != (batch,) or lens.is_floating_point() or lens.dtype == torch.bool:
+        raise ValueError(
+            f"lens must be integers of shape ({batch},), "
+            f"got {lens.dtype} of shape {tuple(lens.shape)}"
+        )
+    if not lens.is_cuda and batch and not 0 <= int(lens.min()) <= int(lens.max()) <= length:
+        raise ValueError(f"lens must be in 0 .. {length}, got {lens.tolist()}")
+    cu_seqlens = cu_seqlens_from_lens(lens.to(tokens.device))
+    return _grid_layout(cu_seqlens, _grid(cu_seqlens, length), int(cu_seqlens[-1]))
+
+
+def _gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """`gather_rows` for any number of trailing dimensions."""
+    trailing = x.shape[1:]
+    rows = gather_rows(x.reshape(x.shape[0], trailing.numel()), index, inverse)
+    return rows.reshape(index.shape[0], *trailing)

@@ -1,0 +1,146 @@
+"""The ratio loss, eq. (10) of the paper, and the statistics of a segmentation.
+
+With F the share of positions that are boundaries, G the mean probability and N the target ratio,
+
+    L = N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)) = 1 + N^2 / (N - 1) * (F - 1/N) (G - 1/N)
+
+Only G carries a gradient, N^2 / (N - 1) * (F - 1/N): a controller of the soft rate by the hard one.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops.packing import sequence_of_position
+
+
+class SegmentationStatistics(NamedTuple):
+    """What a segmentation looks like; every field is a float32 tensor without dimensions."""
+
+    positions_per_chunk: Tensor
+    """Mean length of a chunk; bytes per chunk where the positions are bytes."""
+    boundary_share: Tensor
+    """F: share of the positions that the router wants as boundaries."""
+    mean_probability: Tensor
+    """G: mean boundary probability."""
+    probability_entropy: Tensor
+    """Mean entropy of the boundary probabilities, in bits: 0 where the router is certain."""
+    capped_share: Tensor
+    """Share of the wanted boundaries that `max_chunks` refused."""
+
+
+def ratio_loss(
+    boundary_mask: Tensor,
+    probs: Tensor,
+    target_ratio: float,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    per_sequence: bool = False,
+    soft_boundaries: Tensor | None = None,
+) -> Tensor:
+    """The ratio loss over the real positions, a float32 scalar; 0 where there are none.
+
+    The number is the same in training and in evaluation.
+
+    Args:
+        boundary_mask: bool, (batch, length) or packed (total,).
+        probs: float, of the same shape; pads may hold anything.
+        target_ratio: N > 1, positions per chunk.
+        mask: bool, of the same shape, True at real positions.
+        cu_seqlens: int (batch + 1,), for packed input; a tail behind the last sequence is left out.
+        per_sequence: Evaluate the loss for each sequence and take the mean over the sequences
+            that are not empty. The default pools F and G over the whole batch first.
+        soft_boundaries: float, of the same shape: F takes the gradient of their mean, straight
+            through. None for the paper's F, which has no gradient.
+
+    Raises:
+        ValueError: shapes differ, or target_ratio is not above 1.
+
+    >>> mask = torch.tensor([[True, False, False, True, False, False]])
+    >>> round(float(ratio_loss(mask, mask.float(), 3.0)), 6)
+    1.0
+    """
+    if target_ratio <= 1:
+        raise ValueError(f"target_ratio must be above 1, got {target_ratio}")
+    owner, sequences = _owner_of_positions(boundary_mask, probs, mask, cu_seqlens)
+
+    def total(values: Tensor) -> Tensor:
+        return _sum(values, owner, sequences, per_sequence)
+
+    count, boundaries, probability = (
+        total(torch.ones_like(probs)),
+        total(boundary_mask),
+        total(probs),
+    )
+    if soft_boundaries is not None:
+        soft = total(soft_boundaries)
+        boundaries = boundaries + soft - soft.detach()
+    size = count.clamp(min=1)
+    f, g, n = boundaries / size, probability / size, target_ratio
+    loss = n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))
+    filled = count > 0
+    return loss.where(filled, 0.0).sum() / filled.sum().clamp(min=1)
+
+
+def segmentation_statistics(
+    wanted_boundaries: Tensor,
+    boundary_mask: Tensor,
+    probs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> SegmentationStatistics:
+    """Statistics over the real positions; arguments as in `ratio_loss`.
+
+    `wanted_boundaries` is what the router chose and `boundary_mask` what was left of it under
+    `max_chunks`. Without real positions every field is 0. Nothing here carries a gradient.
+
+    >>> mask = torch.tensor([True, False, True, False])
+    >>> float(segmentation_statistics(mask, mask, mask.float()).positions_per_chunk)
+    2.0
+    """
+    owner, sequences = _owner_of_positions(boundary_mask, probs, mask, cu_seqlens)
+    real = (owner < sequences).view(probs.shape)
+    p = probs.detach().float().where(real, 0.0)
+    wanted = (wanted_boundaries & real).sum().float()
+    kept = (boundary_mask & real).sum().float()
+    positions = real.sum().clamp(min=1)
+    entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p))
+    return SegmentationStatistics(
+        positions_per_chunk=real.sum() / kept.clamp(min=1),
+        boundary_share=wanted / positions,
+        mean_probability=p.sum() / positions,
+        probability_entropy=entropy.sum() / positions / torch.log(torch.tensor(2.0)),
+        capped_share=(wanted - kept) / wanted.clamp(min=1),
+    )
+
+
+def _owner_of_positions(
+    boundary_mask: Tensor, probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, int]:
+    """The sequence of each position, flat, with `sequences` at pads; and how many sequences."""
+    for name, tensor in (("probs", probs), ("mask", mask)):
+        if tensor is not None and tensor.shape != boundary_mask.shape:
+            raise ValueError(
+                f"{name} must have the shape of boundary_mask, {tuple(boundary_mask.shape)}, "
+                f"got {tuple(tensor.shape)}"
+            )
+    if cu_seqlens is not None:
+        owner, sequences = sequence_of_position(cu_seqlens, probs.shape[0]), len(cu_seqlens) - 1
+    elif probs.ndim == 2:
+        sequences, length = probs.shape
+        owner = torch.arange(sequences, device=probs.device).repeat_interleave(length)
+    else:
+        owner, sequences = torch.zeros_like(probs, dtype=torch.int64).flatten(), 1
+    return (owner if mask is None else owner.where(mask.flatten(), sequences)), sequences
+
+
+def _sum(values: Tensor, owner: Tensor, sequences: int, per_sequence: bool) -> Tensor:
+    """Sum over all real positions, or one sum (sequences,) for each sequence; float32 at least."""
+    values = values.flatten().to(torch.promote_types(values.dtype, torch.float32))
+    if not per_sequence:
+        return values.where(owner < sequences, 0.0).sum()
+    # Pads add to a spare slot, so that a NaN in them reaches neither the sum nor a gradient.
+    return values.new_zeros(sequences + 1).index_add(0, owner, values)[:sequences]
