@@ -1,0 +1,21 @@
+"""The layers that a language model puts around the chunker: mixers, MLP, and stacks of them.
+
+Plain torch on any device; each is an ordinary module, and any other module can take its place.
+"""
+
+from h_net_dynamic_chunking.layers.attention import CausalAttention
+from h_net_dynamic_chunking.layers.isotropic import Block, Isotropic, MixerFactory
+from h_net_dynamic_chunking.layers.mamba2 import Mamba2, ssd_chunked
+from h_net_dynamic_chunking.layers.mlp import SwiGLU
+from h_net_dynamic_chunking.layers.norm import RMSNorm
+
+__all__ = [
+    "Block",
+    "CausalAttention",
+    "Isotropic",
+    "Mamba2",
+    "MixerFactory",
+    "RMSNorm",
+    "SwiGLU",
+    "ssd_chunked",
+]

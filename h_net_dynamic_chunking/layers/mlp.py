@@ -1,0 +1,49 @@
+"""Gated MLP of the layers T and M in capitals: fc2(value * SiLU(gate)), [value; gate] = fc1(x).
+
+The second half of fc1 is the gate, as in the official checkpoints. No biases.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from h_net_dynamic_chunking.layers._checks import check_input, check_sizes
+
+# Widths are rounded up to this, the official choice: whole tiles of a GPU's matrix units.
+_WIDTH_MULTIPLE = 128
+
+
+class SwiGLU(nn.Module):
+    """Apply the gated MLP to each position by itself.
+
+    x:    (batch, length, d_model), float
+    out:  (batch, length, d_model), dtype of `fc2`'s result
+
+    Args:
+        d_model: width of the input.
+        d_intermediate: width between the two layers, 8/3 d_model if None; rounded up to a
+            multiple of 128 either way.
+
+    Raises:
+        ValueError: a size below 1, an input of another width.
+
+    >>> mlp = SwiGLU(1024)
+    >>> mlp.fc1.weight.shape, mlp.fc2.weight.shape
+    (torch.Size([5632, 1024]), torch.Size([1024, 2816]))
+    """
+
+    def __init__(self, d_model: int, d_intermediate: int | None = None) -> None:
+        check_sizes(d_model=d_model)
+        if d_intermediate is None:
+            d_intermediate = -(-8 * d_model // 3)
+        check_sizes(d_intermediate=d_intermediate)
+        super().__init__()
+        width = -(-d_intermediate // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+        self.d_model = d_model
+        self.fc1 = nn.Linear(d_model, 2 * width, bias=False)
+        self.fc2 = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.d_model)
+        value, gate = self.fc1(x).chunk(2, dim=-1)
+        projected: Tensor = self.fc2(value * F.silu(gate))
+        return projected
