@@ -16,7 +16,7 @@ from h_net_dynamic_chunking.layout import Layout, layout_of, layout_of_chunks
 from h_net_dynamic_chunking.losses import ratio_loss
 from h_net_dynamic_chunking.ops import (
     Segmentation,
-    boundary_probability,
+    boundary_probability_of_pairs,
     ema_smooth,
     expand,
     gather_rows,
@@ -283,11 +283,11 @@ class DynamicSequenceChunker(nn.Module):
 
     def _route(self, packed: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Probability of a boundary at each packed position, eq. (4)."""
-        queries, keys = self.to_queries_keys(packed).chunk(2, dim=-1)
-        if self.start_key is None:
-            return boundary_probability(queries, keys, cu_seqlens)
-        start_keys = self.start_key.expand(len(cu_seqlens) - 1, -1)
-        return boundary_probability(queries, keys, cu_seqlens, start_keys)
+        queries_keys = self.to_queries_keys(packed)
+        start_keys = None
+        if self.start_key is not None:
+            start_keys = self.start_key.expand(len(cu_seqlens) - 1, -1)
+        return boundary_probability_of_pairs(queries_keys, cu_seqlens, start_keys)
 
     def _wanted(self, probs: Tensor, given: Tensor | None, layout: Layout) -> Tensor:
         """The boundaries before any limit: what the router, or the caller, asks for."""

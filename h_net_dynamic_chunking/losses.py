@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.packing import sequence_of_position
+from h_net_dynamic_chunking.ops.packing import in_some_sequence, sequence_of_position
 
 
 class SegmentationStatistics(NamedTuple):
@@ -64,10 +64,11 @@ def ratio_loss(
     """
     if target_ratio <= 1:
         raise ValueError(f"target_ratio must be above 1, got {target_ratio}")
-    owner, sequences = _owner_of_positions(boundary_mask, probs, mask, cu_seqlens)
+    real = _real_positions(boundary_mask, probs, mask, cu_seqlens)
 
     def total(values: Tensor) -> Tensor:
-        return _sum(values, owner, sequences, per_sequence)
+        values = values.to(torch.promote_types(values.dtype, torch.float32)).where(real, 0.0)
+        return _sum_by_sequence(values, cu_seqlens) if per_sequence else values.sum()
 
     count, boundaries, probability = (
         total(torch.ones_like(probs)),
@@ -101,8 +102,7 @@ def segmentation_statistics(
     >>> float(segmentation_statistics(mask, mask, mask.float()).positions_per_chunk)
     2.0
     """
-    owner, sequences = _owner_of_positions(boundary_mask, probs, mask, cu_seqlens)
-    real = (owner < sequences).view(probs.shape)
+    real = _real_positions(boundary_mask, probs, mask, cu_seqlens)
     p = probs.detach().float().where(real, 0.0)
     wanted = (wanted_boundaries & real).sum().float()
     kept = (boundary_mask & real).sum().float()
@@ -117,30 +117,24 @@ def segmentation_statistics(
     )
 
 
-def _owner_of_positions(
+def _real_positions(
     boundary_mask: Tensor, probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, int]:
-    """The sequence of each position, flat, with `sequences` at pads; and how many sequences."""
+) -> Tensor:
+    """bool, of the shape of the others: where a position counts."""
     for name, tensor in (("probs", probs), ("mask", mask)):
         if tensor is not None and tensor.shape != boundary_mask.shape:
             raise ValueError(
                 f"{name} must have the shape of boundary_mask, {tuple(boundary_mask.shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-    if cu_seqlens is not None:
-        owner, sequences = sequence_of_position(cu_seqlens, probs.shape[0]), len(cu_seqlens) - 1
-    elif probs.ndim == 2:
-        sequences, length = probs.shape
-        owner = torch.arange(sequences, device=probs.device).repeat_interleave(length)
-    else:
-        owner, sequences = torch.zeros_like(probs, dtype=torch.int64).flatten(), 1
-    return (owner if mask is None else owner.where(mask.flatten(), sequences)), sequences
+    real = torch.ones_like(boundary_mask) if mask is None else mask
+    return real if cu_seqlens is None else real & in_some_sequence(cu_seqlens, len(probs))
 
 
-def _sum(values: Tensor, owner: Tensor, sequences: int, per_sequence: bool) -> Tensor:
-    """Sum over all real positions, or one sum (sequences,) for each sequence; float32 at least."""
-    values = values.flatten().to(torch.promote_types(values.dtype, torch.float32))
-    if not per_sequence:
-        return values.where(owner < sequences, 0.0).sum()
-    # Pads add to a spare slot, so that a NaN in them reaches neither the sum nor a gradient.
-    return values.new_zeros(sequences + 1).index_add(0, owner, values)[:sequences]
+def _sum_by_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(sequences,): sums over the rows of `values`, or over its packed sequences."""
+    if cu_seqlens is None:
+        return values.sum(-1)
+    batch = len(cu_seqlens) - 1
+    owner = sequence_of_position(cu_seqlens, len(values))
+    return values.new_zeros(batch + 1).index_add(0, owner, values)[:batch]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 # Empty sequences at both ends and in the middle, single tokens, and lengths over the EMA's block
@@ -92,7 +93,13 @@ def assert_within_low_precision_budget(got: Tensor, plain: Tensor, exact: Tensor
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile without a compiler: whole graph, dynamic shapes, traced autograd."""
+def compiled(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[[], int]]:
+    """The compiled function, and how often it was compiled so far.
+
+    Whole graph, dynamic shapes and traced autograd, but no code generation, which would need a C++
+    compiler.
+    """
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    return run, lambda: counter.frame_count

@@ -6,7 +6,11 @@ Each has its contract at the top of its file, a sequential oracle in `ops.refere
 backward registered with torch.library, and a step form for decoding.
 """
 
-from h_net_dynamic_chunking.ops.boundary import boundary_probability, boundary_probability_step
+from h_net_dynamic_chunking.ops.boundary import (
+    boundary_probability,
+    boundary_probability_of_pairs,
+    boundary_probability_step,
+)
 from h_net_dynamic_chunking.ops.compaction import Segmentation, compact, gather_rows, segment
 from h_net_dynamic_chunking.ops.ema import Smoothed, ema_smooth, ema_smooth_step
 from h_net_dynamic_chunking.ops.expansion import expand, expand_step
@@ -15,6 +19,7 @@ __all__ = [
     "Segmentation",
     "Smoothed",
     "boundary_probability",
+    "boundary_probability_of_pairs",
     "boundary_probability_step",
     "compact",
     "ema_smooth",

@@ -3,7 +3,8 @@
     p_t = (1 - cos(q_t, k_{t-1})) / 2,        p = 1 at the start of every sequence
 
 Contract
-    q, k:        (total, dim), float; packed
+    q, k:        (total, dim), float; packed. Or the two side by side, (total, 2 * dim), as one
+                 projection makes them: `boundary_probability_of_pairs`
     cu_seqlens:  (batch + 1,), int32 or int64
     start_key:   (batch, dim), float, or None: what stands before the first position
     out p:       (total,), float32 (float64 for float64 input), in [0, 1]; 0 in the tail
@@ -50,16 +51,27 @@ def boundary_probability(
             f"k must have the shape and dtype of q, {tuple(q.shape)} {q.dtype}, "
             f"got {tuple(k.shape)} {k.dtype}"
         )
+    return boundary_probability_of_pairs(torch.cat((q, k), dim=1), cu_seqlens, start_key)
+
+
+def boundary_probability_of_pairs(
+    queries_keys: Tensor, cu_seqlens: Tensor, start_key: Tensor | None = None
+) -> Tensor:
+    """`boundary_probability` of `q, k = queries_keys.chunk(2, dim=1)`, without splitting them.
+
+    Its gradient comes out in one piece too, ready for the product with the projection's weights.
+    """
+    check_packed("queries_keys", queries_keys, 2)
+    if queries_keys.shape[1] % 2:
+        raise ValueError(f"queries_keys must have an even width, got {queries_keys.shape[1]}")
     check_cu_seqlens(cu_seqlens)
-    p: Tensor = _boundary_probability(q, k, cu_seqlens)
-    if start_key is None or q.shape[0] == 0:
+    p: Tensor = _boundary_probability(queries_keys, cu_seqlens)
+    if start_key is None or len(p) == 0:
         return p
-    batch = cu_seqlens.shape[0] - 1
-    if start_key.shape != (batch, q.shape[1]):
-        raise ValueError(
-            f"start_key must have shape {(batch, q.shape[1])}, got {tuple(start_key.shape)}"
-        )
-    return _with_start_key(p, q, start_key, cu_seqlens.to(torch.int64))
+    batch, dim = cu_seqlens.shape[0] - 1, queries_keys.shape[1] // 2
+    if start_key.shape != (batch, dim):
+        raise ValueError(f"start_key must have shape {(batch, dim)}, got {tuple(start_key.shape)}")
+    return _with_start_key(p, queries_keys[:, :dim], start_key, cu_seqlens.to(torch.int64))
 
 
 def boundary_probability_step(q: Tensor, k_prev: Tensor, is_first: Tensor | None = None) -> Tensor:
@@ -84,77 +96,88 @@ def _with_start_key(p: Tensor, q: Tensor, start_key: Tensor, cu_seqlens: Tensor)
 
 def _unit(x: Tensor) -> Tensor:
     """x / |x| along the last dimension; zero, without gradient, where |x| is zero."""
-    return x * _inverse_norm(x)[..., None]
+    return x * _reciprocal(torch.linalg.vector_norm(x, dim=-1))[..., None]
 
 
-def _inverse_norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1)
+def _reciprocal(norm: Tensor) -> Tensor:
+    """1 / norm, and 0 where the norm is 0."""
     # The inner where keeps the infinite derivative of 1 / 0 out of the backward pass.
     return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
 @torch.library.custom_op("h_net::boundary_probability", mutates_args=())
-def _boundary_probability(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    total = q.shape[0]
-    dtype = accumulation_dtype(q.dtype)
-    p = torch.ones(total, dtype=dtype, device=q.device)
-    q_here, k_before = q[1:], k[:-1]
-    for tile in row_tiles(q_here):
-        dot, q_scale, k_scale = _dot_and_scales(q_here[tile].to(dtype), k_before[tile].to(dtype))
-        p[1:][tile] = (0.5 - 0.5 * dot * q_scale * k_scale).clamp_(0, 1)
+def _boundary_probability(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
+    total = queries_keys.shape[0]
+    dot, q_scale, k_scale = _dots_and_scales(*_neighbours(queries_keys))
+    p = torch.ones(total, dtype=dot.dtype, device=dot.device)
+    p[1:] = (0.5 - 0.5 * dot * q_scale * k_scale).clamp_(0, 1)
     p.masked_fill_(sequence_starts(cu_seqlens, total), 1.0)
     return p.masked_fill_(~in_some_sequence(cu_seqlens, total), 0.0)
 
 
-def _dot_and_scales(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """<q, k>, 1 / |q| and 1 / |k| of each row."""
-    return (q * k).sum(-1), _inverse_norm(q), _inverse_norm(k)
+def _neighbours(queries_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The query of each position but the first, and the key of the position before it."""
+    q, k = queries_keys.chunk(2, dim=1)
+    return q[1:], k[:-1]
+
+
+def _dots_and_scales(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """<q, k>, 1 / |q| and 1 / |k| of each row, in the dtype to accumulate in."""
+    dtype = accumulation_dtype(q.dtype)
+    dot, q_norm, k_norm = torch.empty(3, q.shape[0], dtype=dtype, device=q.device)
+    for tile in row_tiles(q):
+        q_tile, k_tile = q[tile].to(dtype), k[tile].to(dtype)
+        torch.sum(q_tile * k_tile, -1, out=dot[tile])
+        torch.linalg.vector_norm(q_tile, dim=-1, out=q_norm[tile])
+        torch.linalg.vector_norm(k_tile, dim=-1, out=k_norm[tile])
+    return dot, _reciprocal(q_norm), _reciprocal(k_norm)
 
 
 @_boundary_probability.register_fake
-def _(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return q.new_empty(q.shape[0], dtype=accumulation_dtype(q.dtype))
+def _(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
+    dtype = accumulation_dtype(queries_keys.dtype)
+    return queries_keys.new_empty(queries_keys.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("h_net::boundary_probability_backward", mutates_args=())
 def _boundary_probability_backward(
-    grad_p: Tensor, q: Tensor, k: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
-    total = q.shape[0]
-    dtype = accumulation_dtype(q.dtype)
-    grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
-    grad_q[:1], grad_k[-1:] = 0, 0
+    grad_p: Tensor, queries_keys: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    total = queries_keys.shape[0]
+    dtype = accumulation_dtype(queries_keys.dtype)
+    q, k = _neighbours(queries_keys)
+    dot, q_scale, k_scale = _dots_and_scales(q, k)
+    # d cos / dq = k / (|q| |k|) - cos q / |q|^2, and the same with q and k exchanged.
+    grad_dot = -0.5 * grad_p[1:] * q_scale * k_scale
+    q_pull = -grad_dot * dot * q_scale.square()
+    k_pull = -grad_dot * dot * k_scale.square()
+
+    grad = queries_keys.new_empty(queries_keys.shape)
+    grad[:1], grad[-1:] = 0, 0
+    grad_q, grad_k = _neighbours(grad)
+    for tile in row_tiles(q):
+        q_tile, k_tile, cross = q[tile].to(dtype), k[tile].to(dtype), grad_dot[tile, None]
+        grad_q[tile] = (cross * k_tile).addcmul_(q_pull[tile, None], q_tile)
+        grad_k[tile] = (cross * q_tile).addcmul_(k_pull[tile, None], k_tile)
     # Starts and tail have a constant p; their rows are overwritten, whatever lies in the tail.
     fixed = (sequence_starts(cu_seqlens, total) | ~in_some_sequence(cu_seqlens, total))[1:]
-    for tile in row_tiles(q[1:]):
-        q_here, k_before = q[1:][tile].to(dtype), k[:-1][tile].to(dtype)
-        dot, q_scale, k_scale = _dot_and_scales(q_here, k_before)
-        # d cos / dq = k / (|q| |k|) - cos q / |q|^2, and the same with q and k exchanged.
-        grad_dot = -0.5 * grad_p[1:][tile] * q_scale * k_scale
-        pull = grad_dot * dot
-        for out, other, own, own_scale in (
-            (grad_q[1:][tile], k_before, q_here, q_scale),
-            (grad_k[:-1][tile], q_here, k_before, k_scale),
-        ):
-            gradient = grad_dot[:, None] * other
-            gradient.addcmul_((pull * own_scale.square())[:, None], own, value=-1)
-            out.copy_(zero_rows_(gradient, fixed[tile]))
-    return grad_q, grad_k
+    zero_rows_(grad_q, fixed)
+    zero_rows_(grad_k, fixed)
+    return grad
 
 
 @_boundary_probability_backward.register_fake
-def _(grad_p: Tensor, q: Tensor, k: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k)
+def _(grad_p: Tensor, queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return queries_keys.new_empty(queries_keys.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, Tensor, None]:
-    q, k, cu_seqlens = ctx.saved_tensors
-    grad_q, grad_k = _boundary_probability_backward(grad_p, q, k, cu_seqlens)
-    return grad_q, grad_k, None
+def _backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, None]:
+    queries_keys, cu_seqlens = ctx.saved_tensors
+    return _boundary_probability_backward(grad_p, queries_keys, cu_seqlens), None
 
 
 _boundary_probability.register_autograd(_backward, setup_context=_setup_context)

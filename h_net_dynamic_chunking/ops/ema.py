@@ -27,6 +27,7 @@ from h_net_dynamic_chunking.ops.packing import (
     check_cu_seqlens,
     check_packed,
     check_same_length,
+    dot_rows,
     in_some_sequence,
     row_tiles,
     sequence_starts,
@@ -35,6 +36,8 @@ from h_net_dynamic_chunking.ops.packing import (
 
 # Between 8 and 64 the time changes little; 16 was the best at 1550 x 512 and near it at 100k x 256.
 _BLOCK = 16
+# Up to this length one block is cheaper than one more level of recursion.
+_ONE_BLOCK = 128
 
 
 class Smoothed(NamedTuple):
@@ -97,22 +100,32 @@ def _last_rows(smoothed: Tensor, cu_chunks: Tensor, state: Tensor | None) -> Ten
     return torch.where(empty, 0.0 if state is None else state.to(last.dtype), last)
 
 
-def _in_blocks(values: Tensor) -> Tensor:
-    """(length, ...) -> (blocks, block, ...), with zeros behind the end."""
+def _in_blocks(values: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(length, ...) -> (blocks, block, ...), times `scale` (length,), with zeros behind the end."""
     length = values.shape[0]
-    blocks = -(-length // _BLOCK)
-    padded = values.new_empty(blocks * _BLOCK, *values.shape[1:])
-    padded[:length] = values
+    block = _BLOCK if length > _ONE_BLOCK else length
+    blocks = -(-length // block)
+    padded = values.new_empty(blocks * block, *values.shape[1:])
+    rows = padded[:length]
+    for tile in row_tiles(values):
+        rows[tile] = values[tile] if scale is None else values[tile] * scale[tile, None]
     padded[length:] = 0
-    return padded.view(blocks, _BLOCK, *values.shape[1:])
+    return padded.view(blocks, block, *values.shape[1:])
 
 
 def _decays(gates: Tensor) -> Tensor:
     """(blocks, block, block): the share of x_j in h_k, which is gates_{j+1} * ... * gates_k."""
     # A running product rather than differences of logarithms, so that a gate of 0 is exact.
-    step = torch.arange(_BLOCK, device=gates.device)
+    step = torch.arange(gates.shape[1], device=gates.device)
     later = step[:, None] > step[None, :]
-    return torch.where(later, gates[:, :, None], 1.0).cumprod(1).tril_()
+    running = torch.where(later, gates[:, :, None], 1.0).cumprod(1)
+    return running.masked_fill_(later.T, 0.0)
+
+
+def _add_carried(h: Tensor, share: Tensor, carried: Tensor) -> None:
+    """h[b, k] += share[b, k] * carried[b], in place."""
+    for tile in row_tiles(h.flatten(1)):
+        h[tile].addcmul_(share[tile, :, None], carried[tile, None])
 
 
 def _scan(x: Tensor, gates: Tensor) -> Tensor:
@@ -121,7 +134,7 @@ def _scan(x: Tensor, gates: Tensor) -> Tensor:
     if len(x) > 1:
         through = gates.cumprod(1)
         ends = _scan(_in_blocks(h[:-1, -1]), _in_blocks(through[:-1, -1])).flatten(0, 1)
-        h[1:].addcmul_(through[1:, :, None], ends[: len(x) - 1, None])
+        _add_carried(h[1:], through[1:], ends)
     return h
 
 
@@ -135,7 +148,7 @@ def _scan_reversed(x: Tensor, gates: Tensor) -> Tensor:
         # Gate k takes start k to start k - 1; there is none before the first.
         into_block = torch.nn.functional.pad(through[1:, 0], (1, 0))
         starts = _scan_reversed(_in_blocks(u[1:, 0]), _in_blocks(into_block)).flatten(0, 1)
-        u[:-1].addcmul_(through[:, :, None], starts[: len(x) - 1, None])
+        _add_carried(u[:-1], through, starts)
     return u
 
 
@@ -160,10 +173,8 @@ def _ema(
         return torch.empty_like(z)
     dtype = accumulation_dtype(z.dtype)
     p = p.to(dtype)
-    x = _in_blocks(z.to(dtype))
+    x = _in_blocks(z.to(dtype), p if weigh_input else None)
     rows = x.flatten(0, 1)[: len(z)]
-    if weigh_input:
-        rows *= p[:, None]
     zero_rows_(rows, ~in_some_sequence(cu_chunks, len(p)))
     if state is not None:
         first, owner = _start_slots(cu_chunks)
@@ -199,24 +210,17 @@ def _ema_backward(
     u = _scan_reversed(x, _in_blocks(_gates(weight, cu_chunks, dtype)))
     u = u.flatten(0, 1)[: len(z)]
     # ds_k/dP_k = z_k - s_{k-1}, or - s_{k-1} where the input is not weighed.
-    grad_p = _dot_rows(u, z) if weigh_input else u.new_zeros(len(p))
-    memory = _dot_rows(u[1:], smoothed[:-1])
+    grad_p = dot_rows(u, z) if weigh_input else u.new_zeros(len(p))
+    memory = dot_rows(u[1:], smoothed[:-1])
     grad_p[1:] -= memory.masked_fill_(sequence_starts(cu_chunks, len(p))[1:], 0.0)
     if state is not None:
         first, owner = _start_slots(cu_chunks)
-        grad_p[first] -= _dot_rows(u[first], state[owner])
+        grad_p[first] -= dot_rows(u[first], state[owner])
         grad_state[owner] = ((1 - weight[first, None]) * u[first]).to(z.dtype)
     if weigh_input:
-        u *= weight[:, None]
+        for tile in row_tiles(u):
+            u[tile] *= weight[tile, None]
     return u.to(z.dtype), grad_p.masked_fill_(dead, 0.0).to(p.dtype), grad_state
-
-
-def _dot_rows(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> for each row, in the dtype of a."""
-    out = a.new_empty(a.shape[0])
-    for tile in row_tiles(a):
-        torch.sum(a[tile] * b[tile], -1, out=out[tile])
-    return out
 
 
 @_ema_backward.register_fake

@@ -100,10 +100,11 @@ def _expand_backward(
     rows = chunk_of_position.where(chunk_of_position >= 0, chunks)
     grad_smoothed = torch.zeros(chunks + 1, dim, dtype=dtype, device=grad.device)
     grad_smoothed.index_add_(0, rows, grad.to(dtype))
-    grad_confidence = torch.empty(len(rows), dtype=dtype, device=grad.device)
-    for tile in row_tiles(grad):
-        repeated = gather_or_zero(smoothed, chunk_of_position[tile])
+    grad_confidence = torch.zeros(len(rows), dtype=dtype, device=grad.device)
+    for tile in row_tiles(grad) if chunks else ():
+        repeated = smoothed.index_select(0, rows[tile].clamp(max=chunks - 1))
         torch.sum(repeated.to(dtype).mul_(grad[tile]), -1, out=grad_confidence[tile])
+    grad_confidence.masked_fill_(rows == chunks, 0.0)
     return grad_smoothed[:chunks].to(smoothed.dtype), grad_confidence
 
 

@@ -94,7 +94,7 @@ def test_gradcheck_and_opcheck() -> None:
 
 @pytest.mark.parametrize("limit", [None, 3])
 def test_compiles_with_changing_lengths(limit: int | None) -> None:
-    run = compiled(lambda x, mask, cu: compact(x, mask, cu, limit)[0].square().sum())
+    run, compilations = compiled(lambda x, mask, cu: compact(x, mask, cu, limit)[0].square().sum())
     for lens in ([4, 3], [9, 2], [5, 8]):
         x, mask, cu = randn(sum(lens), 5), boundaries(sum(lens)), cumulative(lens)
         assert_same_function(
@@ -102,6 +102,7 @@ def test_compiles_with_changing_lengths(limit: int | None) -> None:
             lambda x, m=mask, c=cu: compact(x, m, c, limit)[0].square().sum(),
             (x,),
         )
+    assert compilations() == 1
 
 
 def test_gather_rows_takes_strided_rows_of_any_dtype() -> None:

@@ -65,7 +65,7 @@ def test_gradcheck_and_opcheck() -> None:
 
 
 def test_compiles_once_for_all_lengths() -> None:
-    run = compiled(lambda z, p, cu: ema_smooth(z, p, cu).chunks)
+    run, compilations = compiled(lambda z, p, cu: ema_smooth(z, p, cu).chunks)
     for lens in ([4, 3], [19, 2], [5, 38]):
         cu_chunks, total = cumulative(lens), sum(lens)
         assert_same_function(
@@ -73,6 +73,7 @@ def test_compiles_once_for_all_lengths() -> None:
             lambda z, p, cu=cu_chunks: reference.ema_smooth(z, p, cu)[0],
             (randn(total, 5), probabilities(total)),
         )
+    assert compilations() == 1
 
 
 def test_strided_input() -> None:

@@ -71,7 +71,7 @@ def test_gradcheck_and_opcheck() -> None:
 
 
 def test_compiles_once_for_all_lengths() -> None:
-    run = compiled(lambda s, chunk, c, r: expand(s, chunk, c, r))
+    run, compilations = compiled(lambda s, chunk, c, r: expand(s, chunk, c, r))
     for lens in ([4, 3], [9, 2], [5, 8]):
         chunk_of_position, total = _chunk_of_position(lens), sum(lens)
         inputs = randn(int(chunk_of_position[-1]) + 1, 5), probabilities(total), randn(total, 5)
@@ -80,6 +80,7 @@ def test_compiles_once_for_all_lengths() -> None:
             lambda s, c, r, chunk=chunk_of_position: reference.expand(s, chunk, c, r),
             inputs,
         )
+    assert compilations() == 1
 
 
 def test_strided_input() -> None:
