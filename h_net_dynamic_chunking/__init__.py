@@ -1,7 +1,7 @@
 """Dynamic chunking for sequence models: the H-Net (arXiv 2507.07955), as parts that compose."""
 
 from h_net_dynamic_chunking._version import __version__
-from h_net_dynamic_chunking.chunker import DynamicSequenceChunker, Outputs
+from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.h_net import HNet, HNetOutput
 from h_net_dynamic_chunking.intermediates import Intermediates
 from h_net_dynamic_chunking.losses import (
@@ -9,6 +9,7 @@ from h_net_dynamic_chunking.losses import (
     ratio_loss,
     segmentation_statistics,
 )
+from h_net_dynamic_chunking.outputs import Outputs
 
 __all__ = [
     "DynamicSequenceChunker",

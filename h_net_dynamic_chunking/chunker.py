@@ -5,7 +5,7 @@ network. Defaults are the paper's; what departs from it is an option that is off
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,41 +27,8 @@ from h_net_dynamic_chunking.ops.packing import (
     in_some_sequence,
     sequence_starts,
 )
+from h_net_dynamic_chunking.outputs import Outputs, hidden_states
 from h_net_dynamic_chunking.pooling import Pool, pool_groups
-
-
-class Upsample(Protocol):
-    """The way back up, as `DynamicSequenceChunker` returns it."""
-
-    def __call__(self, inner: Any, apply_scale: bool = True) -> Tensor:
-        """Smooth and expand what the inner network returned.
-
-        Args:
-            inner: (batch, chunks, width), or (chunks, width) when packed, of any float dtype: a
-                tensor, a tuple or list that starts with one, or an object with `.output` or
-                `.last_hidden_state`. The width may differ from the chunker's unless it handles
-                the residual.
-            apply_scale: False cuts the gradient that the straight-through estimator of eq. (9)
-                sends to the router. The values are the same.
-
-        Returns:
-            (batch, length, width), or (total, width), in the dtype of the tokens; 0 at pads.
-
-        Raises:
-            ValueError: the batch or the number of chunks is not what the chunker handed out.
-        """
-        ...
-
-
-class Outputs(NamedTuple):
-    """What `DynamicSequenceChunker` returns."""
-
-    downsampled: Tensor
-    """(batch, most chunks, dim), or packed (chunks, dim): the chunk vectors, zeros at pads."""
-    upsample_fn: Upsample
-    """The way back from chunks to positions."""
-    weighted_aux_ratio_loss: Tensor
-    """float32 scalar: ratio loss times its weight, to be added to the loss."""
 
 
 class DynamicSequenceChunker(nn.Module):
@@ -252,7 +219,7 @@ class DynamicSequenceChunker(nn.Module):
         probs = self._route(packed, layout.cu_seqlens)
         wanted = self._wanted(probs, boundary_mask, layout)
         segmentation = segment(wanted, layout.cu_seqlens, self.max_chunks)
-        chunk_layout = layout_of_chunks(segmentation, layout)
+        chunk_layout = layout_of_chunks(segmentation, layout, capped=self.max_chunks is not None)
         if return_only_chunk_lens:
             return chunk_layout.unpack(segmentation.sum_over_chunks())
 
@@ -345,28 +312,6 @@ class DynamicSequenceChunker(nn.Module):
         out = expand(smoothed, segmentation.chunk_of_position, confidence, residual)
         out = _scale_gradient(out.to(tokens.dtype), self.learning_rate_difference)
         return record.layout.unpack(out)
-
-
-def hidden_states(result: Any) -> Tensor:
-    """The hidden states in what a network returned.
-
-    That is the result itself, the first element of a tuple or list, or the attribute `output` or
-    `last_hidden_state`.
-
-    Raises:
-        ValueError: there is no tensor in any of these places.
-    """
-    candidates = [result]
-    if isinstance(result, (tuple, list)) and result:
-        candidates.append(result[0])
-    candidates += [getattr(result, name, None) for name in ("output", "last_hidden_state")]
-    for candidate in candidates:
-        if isinstance(candidate, Tensor):
-            return candidate
-    raise ValueError(
-        "the network must return a tensor, a tuple that starts with one, or an object with "
-        f".output or .last_hidden_state, got {type(result).__name__}"
-    )
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -104,12 +104,17 @@ def layout_of(
     return _ragged_layout(tokens, torch.as_tensor(lens))
 
 
-def layout_of_chunks(segmentation: Segmentation, outer: Layout) -> Layout:
-    """The layout of the chunks, in the form that the positions came in."""
+def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) -> Layout:
+    """The layout of the chunks, in the form that the positions came in.
+
+    `capped` says whether there was a limit on the chunks, so that slots may be empty.
+    """
     cu_chunks, grid = segmentation.cu_chunks, segmentation.chunk_grid
     chunks = segmentation.boundary_positions.shape[0]
     if not outer.padded:
         return Layout(cu_chunks, (chunks,), jagged=outer.jagged)
+    if not capped and grid.numel() == chunks:
+        return Layout(cu_chunks, tuple(grid.shape))
     return _grid_layout(cu_chunks, grid, chunks)
 
 

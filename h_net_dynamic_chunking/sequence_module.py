@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.chunker import hidden_states
 from h_net_dynamic_chunking.layout import Layout, padded_view
+from h_net_dynamic_chunking.outputs import hidden_states
 
 # They see one position at a time, so that packed input needs no lengths.
 _POSITION_WISE = (nn.Identity, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout)

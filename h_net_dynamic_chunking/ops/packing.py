@@ -30,7 +30,7 @@ def sequence_starts(cu_seqlens: Tensor, total: int) -> Tensor:
     """Bool `(total,)`: True at the first position of each non-empty sequence."""
     # One slot more than there are positions, because empty sequences at the end start there.
     starts = cu_seqlens.new_zeros(total + 1, dtype=torch.bool)
-    starts[cu_seqlens[:-1].to(torch.int64)] = True
+    starts.index_fill_(0, cu_seqlens[:-1].to(torch.int64), True)
     return starts[:total] & in_some_sequence(cu_seqlens, total)
 
 
