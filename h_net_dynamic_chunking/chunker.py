@@ -4,6 +4,7 @@ The dynamic chunking layer of the H-Net (arXiv 2507.07955, sections 2.2 and 2.3)
 network. Defaults are the paper's; what departs from it is an option that is off.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, overload
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from h_net_dynamic_chunking.intermediates import Intermediates
-from h_net_dynamic_chunking.layout import Layout, layout_of, layout_of_chunks
+from h_net_dynamic_chunking.layout import Layout, layout_of, layout_of_chunks, same_rows
 from h_net_dynamic_chunking.losses import ratio_loss
 from h_net_dynamic_chunking.ops import (
     Segmentation,
@@ -56,10 +57,13 @@ class DynamicSequenceChunker(nn.Module):
             sigmoid(p - boundary_threshold).
         embed_chunk_lens: Add an embedding of the length of each chunk to its vector. Not causal:
             the length of a chunk is known only at its end.
+        smoothing_clamp: The smoothing, and nothing else, clamps probabilities to [c, 1 - c]; the
+            official code has 1e-4. None for the paper's formula.
         multiply_by_prob: Send each chunk inwards multiplied by its probability; the smoothing then
             adds what comes back as it is.
 
-    The last five reproduce options of the chunker that is published under this package's name.
+    `learn_start_key` to `embed_chunk_lens`, and `multiply_by_prob`, are options of the chunker that
+    is published under this package's name.
 
     Raises:
         ValueError: an argument out of its range.
@@ -85,26 +89,42 @@ class DynamicSequenceChunker(nn.Module):
         learning_rate_difference: float = 1.0,
         straight_through_frac_vecs: bool = False,
         embed_chunk_lens: bool = False,
+        smoothing_clamp: float | None = None,
         multiply_by_prob: bool = False,
     ) -> None:
         super().__init__()
         dim_queries_keys = dim if dim_queries_keys is None else dim_queries_keys
-        _require(dim >= 1, "dim", "at least 1", dim)
-        _require(dim_queries_keys >= 1, "dim_queries_keys", "at least 1", dim_queries_keys)
+        for name, value in (
+            ("dim", dim),
+            ("dim_queries_keys", dim_queries_keys),
+            ("max_chunks", 1 if max_chunks is None else max_chunks),
+        ):
+            _require(type(value) is int and value >= 1, name, "an integer of at least 1", value)
         _require(0 < boundary_threshold < 1, "boundary_threshold", "in (0, 1)", boundary_threshold)
         _require(
-            target_avg_token_length > 1,
+            1 < target_avg_token_length < math.inf,
             "target_avg_token_length",
-            "above 1",
+            "above 1 and finite",
             target_avg_token_length,
         )
-        _require(max_chunks is None or max_chunks >= 1, "max_chunks", "at least 1", max_chunks)
+        _require(
+            0 <= ratio_loss_weight < math.inf,
+            "ratio_loss_weight",
+            "at least 0 and finite",
+            ratio_loss_weight,
+        )
         _require(pool in get_args(Pool), "pool", f"one of {get_args(Pool)}", pool)
         _require(
-            learning_rate_difference > 0,
+            0 < learning_rate_difference < math.inf,
             "learning_rate_difference",
-            "above 0",
+            "above 0 and finite",
             learning_rate_difference,
+        )
+        _require(
+            smoothing_clamp is None or 0 <= smoothing_clamp < 0.5,
+            "smoothing_clamp",
+            "None or in [0, 0.5)",
+            smoothing_clamp,
         )
         self.dim = dim
         self.boundary_threshold = boundary_threshold
@@ -115,6 +135,7 @@ class DynamicSequenceChunker(nn.Module):
         self.ratio_loss_per_sequence = ratio_loss_per_sequence
         self.learning_rate_difference = learning_rate_difference
         self.straight_through_frac_vecs = straight_through_frac_vecs
+        self.smoothing_clamp = smoothing_clamp
         self.multiply_by_prob = multiply_by_prob
 
         # One projection for both: the first half of its rows makes queries, the second keys.
@@ -204,7 +225,7 @@ class DynamicSequenceChunker(nn.Module):
                 router's. The probabilities remain the router's. The first position of a sequence
                 is a boundary all the same.
             return_intermediates: Return `(Outputs, Intermediates)`.
-            return_only_chunk_lens: Return only the positions in each chunk, int64
+            return_only_chunk_lens: Return nothing else than the positions in each chunk, int64
                 (batch, chunks) with 0 at pads, or packed (chunks,): the chunker as a tokenizer.
 
         Returns:
@@ -213,16 +234,20 @@ class DynamicSequenceChunker(nn.Module):
         Raises:
             ValueError: shapes, dtypes or lengths that do not fit together.
         """
-        layout = layout_of(tokens, lens, cu_seqlens)
-        self._check(tokens, boundary_mask, layout)
-        packed = layout.pack(tokens)
-        probs = self._route(packed, layout.cu_seqlens)
-        wanted = self._wanted(probs, boundary_mask, layout)
-        segmentation = segment(wanted, layout.cu_seqlens, self.max_chunks)
-        chunk_layout = layout_of_chunks(segmentation, layout, capped=self.max_chunks is not None)
+        layout = layout_of(tokens, lens, cu_seqlens, static=self.max_chunks is not None)
         if return_only_chunk_lens:
+            _, segmentation, _, _ = self._segment(tokens, layout, boundary_mask)
+            chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
             return chunk_layout.unpack(segmentation.sum_over_chunks())
+        outputs, record = self.run(tokens, layout, boundary_mask)
+        return (outputs, record) if return_intermediates else outputs
 
+    def run(
+        self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None = None
+    ) -> tuple[Outputs, Intermediates]:
+        """`forward` for tokens whose layout is known already, as it is inside an HNet."""
+        packed, segmentation, probs, wanted = self._segment(tokens, layout, boundary_mask)
+        chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
         chunks = self._downsample(packed, probs, segmentation, layout.cu_seqlens)
         loss = self._ratio_loss(wanted, probs, layout.cu_seqlens)
         record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, wanted, loss)
@@ -230,8 +255,17 @@ class DynamicSequenceChunker(nn.Module):
         def upsample(inner: Any, apply_scale: bool = True) -> Tensor:
             return self._upsample(inner, record, apply_scale)
 
-        outputs = Outputs(chunk_layout.unpack(chunks), upsample, self.ratio_loss_weight * loss)
-        return (outputs, record) if return_intermediates else outputs
+        return Outputs(chunk_layout.unpack(chunks), upsample, self.ratio_loss_weight * loss), record
+
+    def _segment(
+        self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None
+    ) -> tuple[Tensor, Segmentation, Tensor, Tensor]:
+        """Packed tokens, where they are cut, the probabilities, and the boundaries wanted."""
+        self._check(tokens, boundary_mask, layout)
+        packed = layout.pack(tokens)
+        probs = self._route(packed, layout.cu_seqlens)
+        wanted = self._wanted(probs, boundary_mask, layout)
+        return packed, segment(wanted, layout.cu_seqlens, self.max_chunks), probs, wanted
 
     def _check(self, tokens: Tensor, boundary_mask: Tensor | None, layout: Layout) -> None:
         if not tokens.is_floating_point() or tokens.shape[-1] != self.dim:
@@ -239,8 +273,17 @@ class DynamicSequenceChunker(nn.Module):
                 f"tokens must be floating point with {self.dim} channels, "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
+        weight = self.to_queries_keys.weight
+        if tokens.dtype != weight.dtype and not torch.is_autocast_enabled(tokens.device.type):
+            raise ValueError(f"tokens must be {weight.dtype}, as the chunker, got {tokens.dtype}")
+        if layout.jagged and self.max_chunks is not None:
+            raise ValueError("tokens must be padded or packed when max_chunks is given, got jagged")
         if boundary_mask is None:
             return
+        if not isinstance(boundary_mask, Tensor):
+            raise ValueError(f"boundary_mask must be a tensor, got {type(boundary_mask).__name__}")
+        if boundary_mask.is_nested and not same_rows(boundary_mask, layout.cu_seqlens):
+            raise ValueError("boundary_mask must have rows as long as those of tokens")
         flat = boundary_mask.values() if boundary_mask.is_nested else boundary_mask
         if flat.dtype != torch.bool or flat.shape != layout.shape:
             raise ValueError(
@@ -275,8 +318,9 @@ class DynamicSequenceChunker(nn.Module):
             chunks = chunks * segmentation.at_boundaries(probs)[:, None].to(chunks.dtype)
         chunks = _scale_gradient(chunks, 1 / self.learning_rate_difference)
         if self.length_embed is not None:
-            lengths = segmentation.sum_over_chunks()[:, None].to(chunks.dtype)
-            chunks = chunks + self.length_embed(lengths)
+            lengths = segmentation.sum_over_chunks()[:, None]
+            embedded = self.length_embed(lengths.to(chunks.dtype))
+            chunks = chunks + embedded.where(lengths > 0, 0)
         return chunks
 
     def _ratio_loss(self, wanted: Tensor, probs: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -302,9 +346,12 @@ class DynamicSequenceChunker(nn.Module):
                     f"got {z.shape[-1]}"
                 )
             residual = _linear_in_float32(self.residual_proj, record.layout.pack(tokens))
+        gates = segmentation.at_boundaries(probs)
+        if self.smoothing_clamp is not None:
+            gates = gates.clamp(self.smoothing_clamp, 1 - self.smoothing_clamp)
         smoothed, _ = ema_smooth(
             record.chunk_layout.pack(z),
-            segmentation.at_boundaries(probs),
+            gates,
             segmentation.cu_chunks,
             weigh_input=not self.multiply_by_prob,
         )
@@ -334,6 +381,8 @@ def _scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def _checked_chunks(z: Tensor, chunk_layout: Layout) -> Tensor:
     if chunk_layout.jagged and z.is_nested:
+        if not same_rows(z, chunk_layout.cu_seqlens):
+            raise ValueError("inner must have rows as long as those of the chunks that went in")
         z = z.values()
     if z.ndim != len(chunk_layout.shape) + 1 or tuple(z.shape[:-1]) != chunk_layout.shape:
         raise ValueError(
@@ -346,7 +395,7 @@ def _checked_chunks(z: Tensor, chunk_layout: Layout) -> Tensor:
 
 
 def _linear_in_float32(linear: nn.Linear, x: Tensor) -> Tensor:
-    """The residual is exact whatever the dtype of the model (paper's official code)."""
+    """The projection of the residual, in float32 whatever the dtype of x and of autocast."""
     dtype = accumulation_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return functional.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))

@@ -15,20 +15,22 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.intermediates import Intermediates
-from h_net_dynamic_chunking.layout import layout_of
-from h_net_dynamic_chunking.sequence_module import call_module
+from h_net_dynamic_chunking.layout import Layout, layout_of
+from h_net_dynamic_chunking.sequence_module import accepted_lengths, call_module
 
 WidthChange = Literal["linear", "pad"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HNetOutput:
     """What HNet returns. Unpacks as `output, loss`."""
 
     output: Tensor
-    """(batch, length, dim), or packed (total, dim)."""
+    """(batch, length, dim), packed (total, dim) or jagged, as the tokens. Pads hold what the
+    decoder left there."""
     loss: Tensor
-    """float32 scalar: the weighted ratio losses of this HNet and of all inside it."""
+    """float32 scalar (float64 for float64 tokens): the weighted ratio losses of this HNet and of
+    all inside it."""
     intermediates: tuple[Intermediates, ...]
     """One record for each stage, outermost first; `absolute_chunk_lens` counts positions of the
     outermost stage."""
@@ -37,6 +39,12 @@ class HNetOutput:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.output, self.loss))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.output, self.loss)[index]
 
 
 class HNet(nn.Module):
@@ -79,6 +87,8 @@ class HNet(nn.Module):
     ) -> None:
         super().__init__()
         dim_inner = dim if dim_inner is None else dim_inner
+        if dim_inner < 1:
+            raise ValueError(f"dim_inner must be at least 1, got {dim_inner}")
         _check_module("encoder", encoder, dim)
         _check_module("network", network, dim_inner)
         _check_module("decoder", decoder, dim)
@@ -90,7 +100,7 @@ class HNet(nn.Module):
             raise ValueError(
                 f"dim_inner must be at least dim, {dim}, with width_change='pad', got {dim_inner}"
             )
-        self.dim = dim
+        self.dim, self.dim_inner = dim, dim_inner
         self.encoder = encoder
         self.network = network
         self.decoder = decoder
@@ -125,41 +135,44 @@ class HNet(nn.Module):
         Raises:
             ValueError: shapes, dtypes or lengths that do not fit together.
         """
-        layout = layout_of(tokens, lens, cu_seqlens)
-        if tokens.is_nested:
-            result = self.forward(
-                tokens.values(), cu_seqlens=layout.cu_seqlens, boundary_masks=boundary_masks
+        if isinstance(boundary_masks, Tensor):
+            raise ValueError(
+                "boundary_masks must be a sequence of masks, one a stage, got a tensor"
             )
-            return replace(result, output=layout.unpack(result.output))
-        if layout.inverse is not None:
-            # A NaN in a pad would reach the weights: their gradient multiplies it by zero.
-            tokens = tokens.masked_fill(~layout.mask[..., None], 0.0)
-        here, *deeper = boundary_masks or (None,)
-        lengths: dict[str, Any] = {"cu_seqlens": cu_seqlens} if lens is None else {"lens": lens}
+        layout = layout_of(tokens, lens, cu_seqlens, static=self.chunker.max_chunks is not None)
+        if not tokens.is_nested:
+            return self._run(tokens, layout, boundary_masks)
+        packed = replace(layout, jagged=False)
+        result = self._run(tokens.values(), packed, boundary_masks)
+        return replace(result, output=layout.unpack(result.output))
 
-        encoded, encoder_result = call_module(self.encoder, tokens, layout)
-        (chunks, upsample, loss), record = self.chunker(
-            encoded, **lengths, boundary_mask=here, return_intermediates=True
-        )
-        inner, network_result = self._run_network(self.width_in(chunks), record, deeper)
-        decoded, decoder_result = call_module(self.decoder, upsample(self.width_out(inner)), layout)
+    def _run(
+        self, tokens: Tensor, layout: Layout, boundary_masks: Sequence[Tensor | None]
+    ) -> HNetOutput:
+        """The hierarchy on tokens whose layout is known, padded or packed."""
+        tokens = _zero_pads(tokens, layout)
+        here, *deeper = boundary_masks or (None,)
+        encoded, encoder_result = call_module("encoder", self.encoder, tokens, layout, self.dim)
+        (chunks, upsample, loss), record = self.chunker.run(encoded, layout, here)
+        chunks = _zero_pads(self.width_in(chunks), record.chunk_layout)
+        if isinstance(self.network, HNet):
+            network_result = self.network._run(chunks, record.chunk_layout, deeper)
+            inner = network_result.output
+        else:
+            if deeper:
+                raise ValueError(
+                    f"boundary_masks must have one entry a stage at most, got {len(deeper)} more"
+                )
+            inner, network_result = call_module(
+                "network", self.network, chunks, record.chunk_layout, self.dim_inner
+            )
+        expanded = upsample(self.width_out(inner))
+        decoded, decoder_result = call_module("decoder", self.decoder, expanded, layout)
 
         for result in (encoder_result, network_result, decoder_result):
             if isinstance(result, HNetOutput):
                 loss = loss + result.loss
         return HNetOutput(decoded, loss, (record, *_in_outer_positions(record, network_result)))
-
-    def _run_network(
-        self, chunks: Tensor, record: Intermediates, boundary_masks: list[Tensor | None]
-    ) -> tuple[Tensor, Any]:
-        if not isinstance(self.network, HNet):
-            return call_module(self.network, chunks, record.chunk_layout)
-        layout = record.chunk_layout
-        lengths: dict[str, Any] = (
-            {"lens": layout.lens} if layout.padded else {"cu_seqlens": layout.cu_seqlens}
-        )
-        result = self.network(chunks, **lengths, boundary_masks=boundary_masks)
-        return result.output, result
 
 
 class PadWidth(nn.Module):
@@ -186,19 +199,30 @@ class SliceWidth(nn.Module):
         return x[..., : self.dim]
 
 
+def _zero_pads(x: Tensor, layout: Layout) -> Tensor:
+    """x with zeros where there is no position.
+
+    A NaN in a pad would reach the weights, because their gradient multiplies it by zero.
+    """
+    if layout.inverse is None and not layout.has_tail:
+        return x
+    return x.where(layout.mask[..., None], 0)
+
+
 def _check_module(name: str, module: object, dim: int) -> None:
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, HNet) and module.dim != dim:
         raise ValueError(f"{name} must be an HNet of dim {dim}, got one of dim {module.dim}")
+    accepted_lengths(module)
 
 
 def _in_outer_positions(record: Intermediates, inner: Any) -> tuple[Intermediates, ...]:
-    """The inner stages' records, with chunk lengths in positions of this stage."""
+    """The inner stages' records, which count chunk lengths in positions of this stage."""
     if not isinstance(inner, HNetOutput):
         return ()
-    records, lengths = [], record.chunk_lens
+    records, outer = [], record
     for stage in inner.intermediates:
-        records.append(replace(stage, outer_chunk_lens=lengths))
-        lengths = records[-1].absolute_chunk_lens
+        outer = replace(stage, outer=outer)
+        records.append(outer)
     return tuple(records)

@@ -10,12 +10,12 @@ from h_net_dynamic_chunking.losses import SegmentationStatistics, segmentation_s
 from h_net_dynamic_chunking.ops import Segmentation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intermediates:
     """What happened inside one call of the chunker, in the form that the tokens came in.
 
     Padded input gives (batch, length) and (batch, chunks), packed input (total,) and (chunks,),
-    jagged input nested tensors. Everything but the fields is computed when asked for.
+    jagged input nested tensors (HNet: packed). What is no field is computed when asked for.
     """
 
     tokens: Tensor
@@ -27,13 +27,13 @@ class Intermediates:
     segmentation: Segmentation
     """Which positions open chunks, packed."""
     packed_probs: Tensor
-    """float32 (total,): boundary probabilities, packed, with gradient."""
+    """float32 (total,), float64 for float64 tokens: boundary probabilities, with gradient."""
     packed_wanted: Tensor
     """bool (total,): the boundaries before `max_chunks` refused any, packed."""
     aux_ratio_loss: Tensor
-    """float32 scalar: the ratio loss before its weight."""
-    outer_chunk_lens: Tensor | None = None
-    """int64: outermost positions in each position of this stage; None where they are the same."""
+    """float32 scalar (float64 for float64 tokens): the ratio loss before its weight."""
+    outer: "Intermediates | None" = None
+    """The record of the stage around this one; None for the outermost."""
 
     @property
     def residual(self) -> Tensor:
@@ -75,9 +75,9 @@ class Intermediates:
     @cached_property
     def absolute_chunk_lens(self) -> Tensor:
         """int64: positions of the outermost stage in each chunk; 0 at pads."""
-        if self.outer_chunk_lens is None:
+        if self.outer is None:
             return self.chunk_lens
-        lengths = self.layout.pack(self.outer_chunk_lens)
+        lengths = self.layout.pack(self.outer.absolute_chunk_lens)
         return self.chunk_layout.unpack(self.segmentation.sum_over_chunks(lengths))
 
     @cached_property

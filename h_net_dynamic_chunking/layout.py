@@ -14,7 +14,7 @@ from h_net_dynamic_chunking.ops.compaction import Segmentation, gather_rows
 from h_net_dynamic_chunking.ops.packing import check_cu_seqlens, cu_seqlens_from_lens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The shape of a caller's sequences, and where each position stands when packed."""
 
@@ -28,6 +28,8 @@ class Layout:
     """int64 (batch * length,): packed position of each padded place, -1 at a pad."""
     jagged: bool = False
     """Whether the caller's tensors are nested."""
+    has_tail: bool = False
+    """Whether packed tensors may have rows that belong to no sequence."""
 
     @property
     def batch(self) -> int:
@@ -58,7 +60,8 @@ class Layout:
         if x.is_nested:
             return x.values()
         if not self.padded:
-            return x
+            # A NaN in the tail would reach the weights: their gradient multiplies it by zero.
+            return x.where(_like(self.mask, x), 0) if self.has_tail else x
         flat = x.flatten(0, 1)
         if self.index is None or self.inverse is None:
             return flat
@@ -75,24 +78,29 @@ class Layout:
 
 
 def layout_of(
-    tokens: Tensor, lens: Tensor | Sequence[int] | None = None, cu_seqlens: Tensor | None = None
+    tokens: Tensor,
+    lens: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    static: bool = False,
 ) -> Layout:
     """The layout of `tokens`, checked.
 
+    `static` keeps room for every pad, so that no shape depends on the lengths.
+
     Raises:
-        ValueError: both lens and cu_seqlens, or either of the wrong shape, dtype or (where it can
-            be read without stopping a GPU) value.
+        ValueError: both lens and cu_seqlens, or either of the wrong shape, dtype or (where that
+            can be read without stopping a device) value; nested tokens with holes.
     """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a tensor, got {type(tokens).__name__}")
     if tokens.is_nested:
-        if lens is not None or cu_seqlens is not None:
-            raise ValueError("tokens is a nested tensor: it holds its lengths, so pass no others")
-        offsets: Tensor = tokens.offsets()  # type: ignore[attr-defined]  # jagged tensors only
-        return Layout(offsets, (tokens.values().shape[0],), jagged=True)
+        return _jagged_layout(tokens, lens is not None or cu_seqlens is not None)
     if lens is not None and cu_seqlens is not None:
         raise ValueError("lens and cu_seqlens exclude each other: pass one")
     if cu_seqlens is not None:
-        return _packed_layout(tokens, cu_seqlens)
-    if tokens.ndim < 3:
+        return _packed_layout(tokens, _integers("cu_seqlens", cu_seqlens))
+    if tokens.ndim != 3:
         raise ValueError(
             "tokens must have shape (batch, length, dim), or (total, dim) together with "
             f"cu_seqlens, got {tuple(tokens.shape)}"
@@ -101,7 +109,7 @@ def layout_of(
     if lens is None:
         steps = torch.arange(batch + 1, device=tokens.device)
         return Layout(steps * length, (batch, length))
-    return _ragged_layout(tokens, torch.as_tensor(lens))
+    return _ragged_layout(tokens, _integers("lens", lens), static)
 
 
 def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) -> Layout:
@@ -112,8 +120,9 @@ def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) ->
     cu_chunks, grid = segmentation.cu_chunks, segmentation.chunk_grid
     chunks = segmentation.boundary_positions.shape[0]
     if not outer.padded:
-        return Layout(cu_chunks, (chunks,), jagged=outer.jagged)
-    if not capped and grid.numel() == chunks:
+        return Layout(cu_chunks, (chunks,), jagged=outer.jagged, has_tail=capped)
+    # A compiler does not know the sizes, and so not whether there are pads.
+    if not capped and not torch.compiler.is_compiling() and grid.numel() == chunks:
         return Layout(cu_chunks, tuple(grid.shape))
     return _grid_layout(cu_chunks, grid, chunks)
 
@@ -142,33 +151,73 @@ def _grid(cu_seqlens: Tensor, length: int) -> Tensor:
     return grid.masked_fill_(grid >= cu_seqlens[1:, None], -1)
 
 
+def _jagged_layout(tokens: Tensor, has_lengths_too: bool) -> Layout:
+    if has_lengths_too:
+        raise ValueError("tokens is a nested tensor: it holds its lengths, so pass no others")
+    if tokens.layout != torch.jagged:
+        raise ValueError(f"tokens must be a jagged nested tensor, got layout {tokens.layout}")
+    values, offsets, lengths = tokens.values(), tokens.offsets(), tokens.lengths()  # type: ignore[attr-defined]  # jagged tensors only
+    if lengths is not None:
+        raise ValueError("tokens must be a nested tensor without holes between its sequences")
+    return Layout(offsets, (values.shape[0],), jagged=True)
+
+
 def _packed_layout(tokens: Tensor, cu_seqlens: Tensor) -> Layout:
     check_cu_seqlens(cu_seqlens)
     if tokens.ndim != 2:
         raise ValueError(
             f"tokens must have shape (total, dim) with cu_seqlens, got {tuple(tokens.shape)}"
         )
-    if not cu_seqlens.is_cuda:
+    if _readable(cu_seqlens):
         values = cu_seqlens.tolist()
-        if values[0] != 0 or values != sorted(values) or values[-1] > tokens.shape[0]:
+        if values[0] != 0 or values != sorted(values) or values[-1] != tokens.shape[0]:
             raise ValueError(
-                f"cu_seqlens must rise from 0 to at most {tokens.shape[0]}, the rows of tokens, "
+                f"cu_seqlens must rise from 0 to {tokens.shape[0]}, the rows of tokens, "
                 f"got {values}"
             )
-    return Layout(cu_seqlens, (tokens.shape[0],))
+    return Layout(cu_seqlens.to(tokens.device), (tokens.shape[0],))
 
 
-def _ragged_layout(tokens: Tensor, lens: Tensor) -> Layout:
+def _ragged_layout(tokens: Tensor, lens: Tensor, static: bool) -> Layout:
     batch, length = tokens.shape[:2]
-    if lens.shape != (batch,) or lens.is_floating_point() or lens.dtype == torch.bool:
-        raise ValueError(
-            f"lens must be integers of shape ({batch},), "
-            f"got {lens.dtype} of shape {tuple(lens.shape)}"
-        )
-    if not lens.is_cuda and batch and not 0 <= int(lens.min()) <= int(lens.max()) <= length:
+    if lens.shape != (batch,):
+        raise ValueError(f"lens must have shape ({batch},), got {tuple(lens.shape)}")
+    if _readable(lens) and batch and not 0 <= int(lens.min()) <= int(lens.max()) <= length:
         raise ValueError(f"lens must be in 0 .. {length}, got {lens.tolist()}")
     cu_seqlens = cu_seqlens_from_lens(lens.to(tokens.device))
-    return _grid_layout(cu_seqlens, _grid(cu_seqlens, length), int(cu_seqlens[-1]))
+    total = batch * length if static else int(lens.sum())
+    return _grid_layout(cu_seqlens, _grid(cu_seqlens, length), total)
+
+
+def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    """The values as an integer tensor."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be integers, got {values!r}") from error
+    if tensor.numel() == 0:
+        return tensor.to(torch.int64)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+    return tensor if tensor.dtype == torch.int32 else tensor.to(torch.int64)
+
+
+def same_rows(nested: Tensor, cu_seqlens: Tensor) -> bool:
+    """Whether a jagged tensor has these row lengths, as far as that can be read."""
+    offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]  # jagged tensors only
+    if offsets.shape != cu_seqlens.shape or not _readable(offsets):
+        return offsets.shape == cu_seqlens.shape
+    return torch.equal(offsets.to(torch.int64), cu_seqlens.to(torch.int64))
+
+
+def _readable(values: Tensor) -> bool:
+    """Whether reading them neither stops a device nor breaks a compiled graph."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask with as many dimensions as x."""
+    return mask.view(*mask.shape, *[1] * (x.ndim - mask.ndim))
 
 
 def _gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ def ratio_loss(
     per_sequence: bool = False,
     soft_boundaries: Tensor | None = None,
 ) -> Tensor:
-    """The ratio loss over the real positions, a float32 scalar; 0 where there are none.
+    """The ratio loss over the real positions, a float32 scalar (float64 for float64 probs).
+
+    It is 0 where there are no positions.
 
     The number is the same in training and in evaluation.
 

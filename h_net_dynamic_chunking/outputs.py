@@ -32,14 +32,15 @@ class Outputs(NamedTuple):
     """What `DynamicSequenceChunker` returns."""
 
     downsampled: Tensor
-    """(batch, most chunks, dim), or packed (chunks, dim): the chunk vectors, zeros at pads."""
+    """(batch, most chunks, dim), or packed (chunks, dim): the chunk vectors; zeros at pads, and in
+    the slots that `max_chunks` leaves unused."""
     upsample_fn: Upsample
     """The way back from chunks to positions."""
     weighted_aux_ratio_loss: Tensor
-    """float32 scalar: ratio loss times its weight, to be added to the loss."""
+    """float32 scalar (float64 for float64 tokens): ratio loss times its weight."""
 
 
-def hidden_states(result: Any) -> Tensor:
+def hidden_states(result: Any, name: str = "the network") -> Tensor:
     """The hidden states in what a network returned.
 
     That is the result itself, the first element of a tuple or list, or the attribute `output` or
@@ -56,6 +57,6 @@ def hidden_states(result: Any) -> Tensor:
         if isinstance(candidate, Tensor):
             return candidate
     raise ValueError(
-        "the network must return a tensor, a tuple that starts with one, or an object with "
+        f"{name} must return a tensor, a tuple that starts with one, or an object with "
         f".output or .last_hidden_state, got {type(result).__name__}"
     )

@@ -4,18 +4,20 @@ A module takes `(batch, length, dim)` and returns hidden states of that shape, o
 `hidden_states` finds them. Parameters of its `forward` with these names are filled in when the
 sequences have different lengths; a module without them is called with the tensor alone:
 
-    lens        int64 (batch,): real positions of each row, which stand on the left
-    mask        bool (batch, length): True at real positions
-    cu_seqlens  int (batch + 1,): cumulative lengths; the module then gets and returns packed
-                (total, dim) and no pads. Offered only when the input itself is packed.
+    lens                   int64 (batch,): real positions of each row, which stand on the left
+    mask                   bool (batch, length): True at real positions
+    src_key_padding_mask,  bool (batch, length): True at pads, as torch.nn's own modules have it;
+    key_padding_mask       `mask` means something else there and is left to its default
+    cu_seqlens             int (batch + 1,): cumulative lengths; the module then gets and returns
+                           packed (total, dim). Offered only when the input itself is packed
 
-Pads stand on the right and hold zeros on the way in. So a causal module needs none of the three,
-and what a module leaves in the pads reaches no real position.
+Pads stand on the right and hold zeros on the way in. So a causal module needs none of these, and
+what a module leaves in the pads reaches no real position. A module that is not causal, and asks for
+none of these, attends to the pads like to anything else. A wrapper such as nn.Sequential names none
+of them, whatever it holds.
 """
 
 import inspect
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,44 +29,80 @@ from h_net_dynamic_chunking.outputs import hidden_states
 _POSITION_WISE = (nn.Identity, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
 
 
-def call_module(module: nn.Module, x: Tensor, layout: Layout) -> tuple[Tensor, Any]:
+def call_module(
+    name: str, module: nn.Module, x: Tensor, layout: Layout, width: int | None = None
+) -> tuple[Tensor, Any]:
     """Run `module` on sequences laid out as `layout` says.
 
     Args:
+        name: what to call the module in an error.
         module: See the top of this file.
         x: (batch, length, dim), or packed (total, dim).
         layout: of x.
+        width: what the hidden states must have; None for any.
 
     Returns:
         The hidden states, laid out as x, and the whole of what the module returned.
+
+    Raises:
+        ValueError: the module returned no hidden states, or changed their length, batch or width.
     """
     accepted = accepted_lengths(module)
     if layout.padded:
         result = module(x, **_padded_lengths(layout, accepted))
-        return hidden_states(result), result
+        return _checked(name, result, layout, width), result
     if "cu_seqlens" in accepted:
         result = module(x, cu_seqlens=layout.cu_seqlens)
-        return hidden_states(result), result
+        return _checked(name, result, layout, width), result
     if isinstance(module, _POSITION_WISE):
-        return module(x), None
+        return _checked(name, module(x), layout, width), None
     padded = padded_view(layout)
     result = module(padded.unpack(x), **_padded_lengths(padded, accepted))
-    return padded.pack(hidden_states(result)), result
+    return padded.pack(_checked(name, result, padded, width)), result
+
+
+def _checked(name: str, result: Any, layout: Layout, width: int | None) -> Tensor:
+    """The hidden states in `result`, if they have the shape that is wanted."""
+    hidden = hidden_states(result, name)
+    shape = tuple(hidden.shape)
+    if shape[:-1] != layout.shape or (width is not None and shape[-1] != width):
+        wanted = (*layout.shape, "width" if width is None else width)
+        raise ValueError(f"{name} must return hidden states of shape {wanted}, got {shape}")
+    return hidden
 
 
 def accepted_lengths(module: nn.Module) -> frozenset[str]:
-    """Which of `lens`, `mask` and `cu_seqlens` the module's forward names."""
-    module = getattr(module, "_orig_mod", module)  # torch.compile hides the signature behind *args
-    return _accepted_by(type(module).forward)
+    """Which of the parameters at the top of this file the module's forward names."""
+    module = _unwrapped(module)
+    if type(module) not in _ACCEPTED:
+        names = {"lens", "mask", "src_key_padding_mask", "key_padding_mask", "cu_seqlens"}
+        if type(module).__module__.startswith("torch.nn"):
+            names.remove("mask")
+        found = names & inspect.signature(type(module).forward).parameters.keys()
+        _ACCEPTED[type(module)] = frozenset(found)
+    return _ACCEPTED[type(module)]
 
 
-@cache
-def _accepted_by(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters) & {"lens", "mask", "cu_seqlens"}
+# Filled when an HNet is made, so that a compiled graph only looks up.
+_ACCEPTED: dict[type[nn.Module], frozenset[str]] = {}
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile or data parallelism, which hide its signature."""
+    if type(module).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+        inner = getattr(module, "_orig_mod", None) or module.module
+        assert isinstance(inner, nn.Module)
+        return _unwrapped(inner)
+    return module
 
 
 def _padded_lengths(layout: Layout, accepted: frozenset[str]) -> dict[str, Tensor]:
     if layout.inverse is None:
         return {}
-    offers = {"lens": layout.lens, "mask": layout.mask}
+    offers = {
+        "lens": layout.lens,
+        "mask": layout.mask,
+        "src_key_padding_mask": ~layout.mask,
+        "key_padding_mask": ~layout.mask,
+    }
     return {name: offers[name] for name in offers.keys() & accepted}

@@ -93,6 +93,14 @@ def assert_within_low_precision_budget(got: Tensor, plain: Tensor, exact: Tensor
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
+def assert_rounded_once(name: str, got: Tensor, exact: Tensor) -> None:
+    """Every number is the exact one in the dtype of `got`, give or take its last bit."""
+    exact = exact.detach()
+    bound = torch.finfo(got.dtype).eps * exact.abs() + 1e-6 * float(exact.abs().max())
+    error = (got.detach().double() - exact).abs()
+    assert bool((error <= bound).all()), f"{name}: error {float((error / bound).max()):.3g} bounds"
+
+
 def compiled(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Callable[[], int]]:
     """The compiled function, and how often it was compiled so far.
 

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, and its commands name files and options that exist."""
+"""Every Python block of the README runs."""
 
 import re
 from pathlib import Path

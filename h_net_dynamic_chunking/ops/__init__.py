@@ -3,7 +3,8 @@
 boundary probability -> compaction -> (any network) -> smoothing -> expansion
 
 Each has its contract at the top of its file, a sequential oracle in `ops.reference`, a hand-written
-backward registered with torch.library, and a step form for decoding.
+backward registered with torch.library, and a step form for decoding. The backward passes have no
+derivative of their own: a second derivative raises RuntimeError.
 """
 
 from h_net_dynamic_chunking.ops.boundary import (

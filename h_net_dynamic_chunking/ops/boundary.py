@@ -10,7 +10,8 @@ Contract
     out p:       (total,), float32 (float64 for float64 input), in [0, 1]; 0 in the tail
 
 Norms and products are computed in float32 whatever the dtype of q and k. A zero vector has
-cosine 0 with everything, hence p = 0.5, and receives no gradient.
+cosine 0 with everything, hence p = 0.5, and receives no gradient; so do vectors whose squared norm
+leaves the range of float32, below about 1e-19 and above 1e19.
 """
 
 from typing import Any
@@ -108,9 +109,9 @@ def _reciprocal(norm: Tensor) -> Tensor:
 @torch.library.custom_op("h_net::boundary_probability", mutates_args=())
 def _boundary_probability(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
     total = queries_keys.shape[0]
-    dot, q_scale, k_scale = _dots_and_scales(*_neighbours(queries_keys))
-    p = torch.ones(total, dtype=dot.dtype, device=dot.device)
-    p[1:] = (0.5 - 0.5 * dot * q_scale * k_scale).clamp_(0, 1)
+    cosine, _, _ = _cosines_and_scales(*_neighbours(queries_keys))
+    p = torch.ones(total, dtype=cosine.dtype, device=cosine.device)
+    p[1:] = (0.5 - 0.5 * cosine).clamp_(0, 1)
     p.masked_fill_(sequence_starts(cu_seqlens, total), 1.0)
     return p.masked_fill_(~in_some_sequence(cu_seqlens, total), 0.0)
 
@@ -121,16 +122,18 @@ def _neighbours(queries_keys: Tensor) -> tuple[Tensor, Tensor]:
     return q[1:], k[:-1]
 
 
-def _dots_and_scales(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """<q, k>, 1 / |q| and 1 / |k| of each row, in the dtype to accumulate in."""
+def _cosines_and_scales(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """cos(q, k), 1 / |q| and 1 / |k| of each row, in the dtype to accumulate in."""
     dtype = accumulation_dtype(q.dtype)
-    dot, q_norm, k_norm = torch.empty(3, q.shape[0], dtype=dtype, device=q.device)
+    cosine, q_scale, k_scale = torch.empty(3, q.shape[0], dtype=dtype, device=q.device)
     for tile in row_tiles(q):
         q_tile, k_tile = q[tile].to(dtype), k[tile].to(dtype)
-        torch.sum(q_tile * k_tile, -1, out=dot[tile])
-        torch.linalg.vector_norm(q_tile, dim=-1, out=q_norm[tile])
-        torch.linalg.vector_norm(k_tile, dim=-1, out=k_norm[tile])
-    return dot, _reciprocal(q_norm), _reciprocal(k_norm)
+        q_scale[tile] = _reciprocal(torch.linalg.vector_norm(q_tile, dim=-1))
+        k_scale[tile] = _reciprocal(torch.linalg.vector_norm(k_tile, dim=-1))
+        # Scaled before the product, which could overflow otherwise.
+        unit_q = q_tile * q_scale[tile, None]
+        torch.sum(unit_q.mul_(k_tile).mul_(k_scale[tile, None]), -1, out=cosine[tile])
+    return cosine, q_scale, k_scale
 
 
 @_boundary_probability.register_fake
@@ -146,19 +149,21 @@ def _boundary_probability_backward(
     total = queries_keys.shape[0]
     dtype = accumulation_dtype(queries_keys.dtype)
     q, k = _neighbours(queries_keys)
-    dot, q_scale, k_scale = _dots_and_scales(q, k)
-    # d cos / dq = k / (|q| |k|) - cos q / |q|^2, and the same with q and k exchanged.
-    grad_dot = -0.5 * grad_p[1:] * q_scale * k_scale
-    q_pull = -grad_dot * dot * q_scale.square()
-    k_pull = -grad_dot * dot * k_scale.square()
+    cosine, q_scale, k_scale = _cosines_and_scales(q, k)
+    # With unit vectors u = q / |q| and v = k / |k|: d cos / dq = (v - cos u) / |q|, and the same
+    # with the two exchanged.
+    grad_cosine = -0.5 * grad_p[1:]
+    to_q, to_k = (grad_cosine * q_scale)[:, None], (grad_cosine * k_scale)[:, None]
+    q_pull, k_pull = -to_q * cosine[:, None], -to_k * cosine[:, None]
 
     grad = queries_keys.new_empty(queries_keys.shape)
     grad[:1], grad[-1:] = 0, 0
     grad_q, grad_k = _neighbours(grad)
     for tile in row_tiles(q):
-        q_tile, k_tile, cross = q[tile].to(dtype), k[tile].to(dtype), grad_dot[tile, None]
-        _write_sum(grad_q[tile], cross, k_tile, q_pull[tile, None], q_tile)
-        _write_sum(grad_k[tile], cross, q_tile, k_pull[tile, None], k_tile)
+        u = q[tile].to(dtype) * q_scale[tile, None]
+        v = k[tile].to(dtype) * k_scale[tile, None]
+        _write_sum(grad_q[tile], to_q[tile], v, q_pull[tile], u)
+        _write_sum(grad_k[tile], to_k[tile], u, k_pull[tile], v)
     # Starts and tail have a constant p; their rows are overwritten, whatever lies in the tail.
     fixed = (sequence_starts(cu_seqlens, total) | ~in_some_sequence(cu_seqlens, total))[1:]
     zero_rows_(grad_q, fixed)

@@ -136,7 +136,10 @@ def _segment(
         chunks, most = (
             torch.stack((cu_chunks[-1], cu_chunks.diff().amax())).tolist() if batch else (0, 0)
         )
-    positions = torch.nonzero_static(opens, size=chunks, fill_value=-1).flatten()
+    # The positions that open nothing write to a spare slot, which is cut off again.
+    positions = torch.full((chunks + 1,), -1, dtype=torch.int64, device=opens.device)
+    slots = torch.where(opens, opened[1:] - 1, chunks)
+    positions = positions.scatter_(0, slots, torch.arange(total, device=opens.device))[:chunks]
     chunk_of_position = (opened[1:] - 1).masked_fill_(~live, -1)
     grid = cu_chunks[:-1, None] + torch.arange(most, device=opens.device)
     grid.masked_fill_(grid >= cu_chunks[1:, None], -1)

@@ -9,7 +9,8 @@ Contract
     state:       (batch, dim), float, or None for zeros
     out:         smoothed (chunks, dim) in z.dtype, and the next state (batch, dim)
 
-Accumulates in float32 (float64 for float64). In the tail the result is undefined.
+Accumulates in float32 (float64 for float64). In the tail the result is undefined. From a row that
+is not finite on, the rest of its sequence is NaN; no earlier row, no other sequence is touched.
 
 The recurrence runs in blocks: within a block it is a product with a small lower-triangular matrix
 of decays, and the ends of the blocks obey the same recurrence, so the function calls itself. On 2
@@ -28,6 +29,7 @@ from h_net_dynamic_chunking.ops.packing import (
     check_packed,
     check_same_length,
     dot_rows,
+    fill_rows_,
     in_some_sequence,
     row_tiles,
     sequence_starts,
@@ -81,11 +83,14 @@ def ema_smooth(
 
 
 def ema_smooth_step(z: Tensor, p: Tensor, state: Tensor, *, weigh_input: bool = True) -> Tensor:
-    """One chunk of each row: `z`, `state` `(batch, dim)`, `p` `(batch,)` -> the new state."""
+    """One chunk of each row: `z`, `state` (batch, dim), `p` (batch,) -> the new state (batch, dim).
+
+    The state comes back in float32 (float64 for float64), so that steps round no more than a scan.
+    """
     dtype = accumulation_dtype(z.dtype)
     weight = p.to(dtype)[:, None]
     entering = z.to(dtype) * weight if weigh_input else z.to(dtype)
-    return (entering + (1 - weight) * state.to(dtype)).to(z.dtype)
+    return entering + (1 - weight) * state.to(dtype)
 
 
 def _last_rows(smoothed: Tensor, cu_chunks: Tensor, state: Tensor | None) -> Tensor:
@@ -158,11 +163,35 @@ def _gates(p: Tensor, cu_chunks: Tensor, dtype: torch.dtype) -> Tensor:
     return (1 - p.to(dtype)).masked_fill_(cut, 0.0)
 
 
-def _start_slots(cu_chunks: Tensor) -> tuple[Tensor, Tensor]:
-    """First chunk of each sequence that has one, and the numbers of those sequences."""
+def _take_out_non_finite(x: Tensor) -> Tensor:
+    """Zero the rows of x that are not finite, in place; bool (rows,): which they were.
+
+    The products below multiply every row of a block by every other, if only by zero, and zero times
+    infinity is NaN.
+    """
+    bad: Tensor = ~torch.linalg.vector_norm(x, torch.inf, dim=-1).isfinite()
+    zero_rows_(x, bad)
+    return bad
+
+
+def _spread(bad: Tensor, starts: Tensor) -> Tensor:
+    """Bool (rows,): whether there is a bad row before, or here, in the same sequence."""
+    step = torch.arange(len(bad), device=bad.device)
+    last_bad = torch.where(bad, step, -1).cummax(0).values
+    last_start = torch.where(starts, step, 0).cummax(0).values
+    return last_bad >= last_start
+
+
+def _spread_back(bad: Tensor, starts: Tensor) -> Tensor:
+    """Bool (rows,): whether there is a bad row behind, or here, in the same sequence."""
+    ends = torch.nn.functional.pad(starts[1:], (0, 1), value=True)
+    return _spread(bad.flip(0), ends.flip(0)).flip(0)
+
+
+def _first_chunks(cu_chunks: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """First chunk of each sequence, int64 (batch,), and whether it has one, bool (batch,)."""
     cu_chunks = cu_chunks.to(torch.int64)
-    owner = (cu_chunks[1:] > cu_chunks[:-1]).nonzero().flatten()
-    return cu_chunks[owner], owner
+    return cu_chunks[:-1].clamp(max=total - 1), cu_chunks[1:] > cu_chunks[:-1]
 
 
 @torch.library.custom_op("h_net::ema", mutates_args=())
@@ -177,10 +206,14 @@ def _ema(
     rows = x.flatten(0, 1)[: len(z)]
     zero_rows_(rows, ~in_some_sequence(cu_chunks, len(p)))
     if state is not None:
-        first, owner = _start_slots(cu_chunks)
-        rows[first] += (1 - p[first, None]) * state[owner].to(dtype)
-    h = _scan(x, _in_blocks(_gates(p, cu_chunks, dtype)))
-    return h.flatten(0, 1)[: len(z)].to(z.dtype)
+        first, has_one = _first_chunks(cu_chunks, len(z))
+        entering = (1 - p[first, None]) * state.to(dtype)
+        rows.index_add_(0, first, entering.where(has_one[:, None], 0.0))
+    bad = _take_out_non_finite(rows)
+    h = _scan(x, _in_blocks(_gates(p, cu_chunks, dtype))).flatten(0, 1)[: len(z)]
+    h = h.to(z.dtype)
+    fill_rows_(h, _spread(bad, sequence_starts(cu_chunks, len(z))), torch.nan)
+    return h
 
 
 @_ema.register_fake
@@ -206,17 +239,21 @@ def _ema_backward(
     weight = p.to(dtype).masked_fill(dead, 0.0)
     x = _in_blocks(grad.to(dtype))
     zero_rows_(x.flatten(0, 1)[: len(z)], dead)
+    bad = _take_out_non_finite(x.flatten(0, 1)[: len(z)])
+    starts = sequence_starts(cu_chunks, len(p))
     # u_k = dL/ds_k summed over every later chunk that s_k reaches.
     u = _scan_reversed(x, _in_blocks(_gates(weight, cu_chunks, dtype)))
     u = u.flatten(0, 1)[: len(z)]
+    fill_rows_(u, _spread_back(bad, starts), torch.nan)
     # ds_k/dP_k = z_k - s_{k-1}, or - s_{k-1} where the input is not weighed.
     grad_p = dot_rows(u, z) if weigh_input else u.new_zeros(len(p))
     memory = dot_rows(u[1:], smoothed[:-1])
-    grad_p[1:] -= memory.masked_fill_(sequence_starts(cu_chunks, len(p))[1:], 0.0)
+    grad_p[1:] -= memory.masked_fill_(starts[1:], 0.0)
     if state is not None:
-        first, owner = _start_slots(cu_chunks)
-        grad_p[first] -= dot_rows(u[first], state[owner])
-        grad_state[owner] = ((1 - weight[first, None]) * u[first]).to(z.dtype)
+        first, has_one = _first_chunks(cu_chunks, len(z))
+        at_start = u[first].where(has_one[:, None], 0.0)
+        grad_p.index_add_(0, first, -dot_rows(at_start, state))
+        grad_state.copy_((1 - weight[first, None]) * at_start)
     if weigh_input:
         for tile in row_tiles(u):
             u[tile] *= weight[tile, None]

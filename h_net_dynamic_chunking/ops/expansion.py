@@ -10,7 +10,8 @@ Contract
     residual:           (total, dim), float, or None
     out:                (total, dim), in the dtype of the residual, else of smoothed
 
-The sum with the residual is taken in float32 (float64 for float64).
+The sum with the residual is taken in float32, or float64 for a float64 residual. On CUDA the order
+of the sums in the backward pass, and so their last bits, vary from run to run.
 """
 
 from typing import Any

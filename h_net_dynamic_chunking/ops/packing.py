@@ -92,12 +92,17 @@ def row_tiles(x: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def zero_rows_(x: Tensor, rows: Tensor) -> Tensor:
-    """Overwrite with zeros, in place, the rows of x (n, dim) where `rows`, bool (n,), is True."""
+def fill_rows_(x: Tensor, rows: Tensor, value: float) -> Tensor:
+    """Overwrite, in place, the rows of x (n, dim) where `rows`, bool (n,), is True."""
     if x.device.type == "cpu":
         # Most often there are none, and then x is not touched at all.
-        return x.index_fill_(0, rows.nonzero().flatten(), 0)
-    return x.masked_fill_(rows[:, None], 0)
+        return x.index_fill_(0, rows.nonzero().flatten(), value)
+    return x.masked_fill_(rows[:, None], value)
+
+
+def zero_rows_(x: Tensor, rows: Tensor) -> Tensor:
+    """`fill_rows_` with zero."""
+    return fill_rows_(x, rows, 0)
 
 
 def gather_or_zero(x: Tensor, index: Tensor) -> Tensor:

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking import DynamicSequenceChunker
 from tests.reference_chunker import chunk_one_sequence, ratio_loss
-from tests.support import DEVICES, assert_close, boundaries, cumulative, generator, randn
+from tests.support import (
+    DEVICES,
+    assert_close,
+    assert_rounded_once,
+    boundaries,
+    cumulative,
+    generator,
+    randn,
+)
 
 DIM = 6
 LENS = [9, 0, 1, 40]
@@ -219,18 +227,40 @@ class TestMaxChunks:
             make()(x).weighted_aux_ratio_loss, make(max_chunks=2)(x).weighted_aux_ratio_loss
         )
 
-    def test_packed(self) -> None:
-        x, lens = randn(14, DIM), [10, 4]
-        chunks, upsample, _ = make(max_chunks=2)(x, cu_seqlens=cumulative(lens))
-        assert chunks.shape == (4, DIM)
-        assert upsample(inner(chunks)).shape == x.shape
+    def test_packed_equals_padded(self) -> None:
+        """Values and gradients, with NaN where the inner network leaves unused slots."""
+        chunker, x, lens = make(max_chunks=3, handle_residual_proj=True), randn(14, DIM), [10, 4]
+        chunks, upsample, loss = chunker(x, cu_seqlens=cumulative(lens))
+        assert chunks.shape == (6, DIM)
+        used = chunks.abs().sum(-1, keepdim=True) > 0
+        out = upsample(inner(chunks).where(used, torch.nan))
+        padded = torch.nn.utils.rnn.pad_sequence(list(x.split(lens)), batch_first=True)
+        padded_chunks, padded_upsample, padded_loss = chunker(padded, lens)
+        padded_out = padded_upsample(inner(padded_chunks))
+        want = torch.cat([padded_out[0], padded_out[1, :4]])
+        assert_close("output", out, want)
+        for g, w in zip(
+            backward(chunker, x, out, loss), backward(chunker, x, want, padded_loss), strict=True
+        ):
+            assert_close("gradient", g, w)
 
-    def test_compiles_as_one_graph(self) -> None:
+    def test_jagged_is_refused(self) -> None:
+        jagged = torch.nested.nested_tensor_from_jagged(randn(14, DIM), cumulative([10, 4]))
+        with pytest.raises(ValueError, match="padded or packed when max_chunks"):
+            make(max_chunks=2)(jagged)
+
+    @pytest.mark.parametrize("layout", ["equal", "lens", "packed"])
+    def test_compiles_as_one_graph(self, layout: str) -> None:
         torch._dynamo.reset()
         chunker = make(max_chunks=4, handle_residual_proj=True)
 
         def run(x: Tensor) -> tuple[Tensor, Tensor]:
-            chunks, upsample, loss = chunker(x)
+            if layout == "packed":
+                cu_seqlens = torch.tensor([0, 5, 2 * x.shape[1]])
+                chunks, upsample, loss = chunker(x.flatten(0, 1), cu_seqlens=cu_seqlens)
+            else:
+                lens = None if layout == "equal" else torch.tensor([x.shape[1], 3])
+                chunks, upsample, loss = chunker(x, lens)
             return upsample(inner(chunks)), loss
 
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -240,6 +270,15 @@ class TestMaxChunks:
             assert_close("output", got[0], want[0])
             for g, w in zip(backward(chunker, x, *got), backward(chunker, x, *want), strict=True):
                 assert_close("gradient", g, w)
+
+
+def test_means_are_accumulated_in_float32() -> None:
+    x = randn(1, 300, 8).detach().to(torch.bfloat16)
+    last = torch.zeros(1, 300, dtype=torch.bool)
+    last[0, -1] = True
+    chunker = DynamicSequenceChunker(8, pool="mean").to(torch.bfloat16)
+    chunks, _, _ = chunker(x, boundary_mask=last)
+    assert_rounded_once("mean", chunks[0, 1], x[0, 1:].double().mean(0))
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
@@ -295,6 +334,15 @@ class TestUpsample:
         for wrong in (chunks[:, 1:], chunks[:1], chunks[0], torch.cat([chunks, chunks], 1)):
             with pytest.raises(ValueError, match="inner must have shape"):
                 upsample(wrong)
+
+    def test_jagged_of_another_batch(self) -> None:
+        jagged = torch.nested.nested_tensor_from_jagged(randn(14, DIM), cumulative([10, 4]))
+        chunks, upsample, _ = make()(jagged)
+        one = torch.nested.nested_tensor_from_jagged(
+            chunks.values(), torch.tensor([0, len(chunks.values())])
+        )
+        with pytest.raises(ValueError, match="inner must have rows as long"):
+            upsample(one)
 
     def test_without_scale_the_router_learns_only_by_the_smoothing(self) -> None:
         x = randn(1, 12, DIM)
@@ -394,9 +442,20 @@ def test_mixed_precision_by_autocast() -> None:
     assert out.dtype == loss.dtype == torch.float32
 
 
-def test_causal() -> None:
+def test_residual_is_in_float32_under_autocast() -> None:
+    chunker, x = DynamicSequenceChunker(32, handle_residual_proj=True), randn(1, 9, 32).float()
+    assert chunker.residual_proj is not None
+    nn.init.normal_(chunker.residual_proj.weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chunks, upsample, _ = chunker(x)
+        out = upsample(torch.zeros_like(chunks))
+    assert_close("residual", out, chunker.residual_proj(x).double())
+
+
+@pytest.mark.parametrize("options", [{}, {"max_chunks": 6}, {"pool": "mean"}, {"pool": "max"}])
+def test_causal(options: dict[str, Any]) -> None:
     """Another token at t changes nothing before t: probabilities, boundaries, output."""
-    chunker, x = make(handle_residual_proj=True), randn(1, 30, DIM).detach()
+    chunker, x = make(handle_residual_proj=True, **options), randn(1, 30, DIM).detach()
     for t in (1, 10, 29):
         changed = x.clone()
         changed[:, t] = randn(DIM, seed=5)
@@ -412,11 +471,14 @@ def test_causal() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"dim": 0}, "dim must be an integer of at least 1, got 0"),
         ({"dim_queries_keys": 0}, "dim_queries_keys must be"),
         ({"boundary_threshold": 1.0}, "boundary_threshold must be in"),
         ({"target_avg_token_length": 1.0}, "target_avg_token_length must be above 1"),
-        ({"max_chunks": 0}, "max_chunks must be at least 1"),
+        ({"max_chunks": 2.5}, "max_chunks must be an integer"),
+        ({"target_avg_token_length": float("inf")}, "target_avg_token_length must be"),
+        ({"ratio_loss_weight": -1.0}, "ratio_loss_weight must be at least 0"),
+        ({"max_chunks": 0}, "max_chunks must be an integer"),
         ({"pool": "sum"}, "pool must be one of"),
         ({"learning_rate_difference": 0.0}, "learning_rate_difference must be above 0"),
     ],
@@ -432,12 +494,29 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"tokens": torch.zeros(4, DIM)}, "tokens must have shape"),
         ({"tokens": torch.zeros(1, 4, 5)}, "tokens must be floating point with 6 channels"),
         ({"tokens": torch.zeros(1, 4, DIM, dtype=torch.int64)}, "tokens must be floating"),
-        ({"lens": [4, 4]}, "lens must be integers of shape"),
+        ({"tokens": torch.zeros(1, 4, DIM).bfloat16()}, "tokens must be torch.float32"),
+        ({"lens": [4, 4]}, "lens must have shape"),
         ({"lens": [5]}, "lens must be in 0 .. 4"),
         ({"lens": [-1]}, "lens must be in 0 .. 4"),
+        ({"lens": ["a"]}, "lens must be integers, got"),
+        ({"tokens": [[1.0]]}, "tokens must be a tensor, got list"),
+        ({"tokens": torch.zeros(1, 2, 4, DIM)}, "tokens must have shape"),
+        ({"boundary_mask": [True]}, "boundary_mask must be a tensor"),
         ({"lens": torch.tensor([1.0])}, "lens must be integers"),
         ({"lens": [4], "cu_seqlens": torch.tensor([0, 4])}, "exclude each other"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "tokens must have shape .total, dim."),
+        (
+            {
+                "tokens": torch.nested.nested_tensor_from_jagged(
+                    torch.zeros(4, DIM), torch.tensor([0, 2, 4]), lengths=torch.tensor([1, 2])
+                )
+            },
+            "without holes",
+        ),
+        (
+            {"tokens": torch.zeros(4, DIM), "cu_seqlens": torch.tensor([0, 3])},
+            "cu_seqlens must rise",
+        ),
         (
             {"tokens": torch.zeros(4, DIM), "cu_seqlens": torch.tensor([0, 5])},
             "cu_seqlens must rise",

@@ -118,10 +118,32 @@ def test_zero_vector_is_no_boundary_and_has_no_gradient() -> None:
 def test_scale_does_not_matter() -> None:
     q, k = randn(6, 4, seed=0).float(), randn(6, 4, seed=1).float()
     p = boundary_probability(q, k, cumulative([6]))
-    for scale in (1e-12, 1e12):
-        assert_close(
-            f"scale {scale}", boundary_probability(q * scale, k, cumulative([6])), p.double()
-        )
+    for scale in (1e-18, 1e-12, 1e12, 1e18):
+        scaled = (q * scale).detach().requires_grad_(), (k * scale).detach().requires_grad_()
+        got = boundary_probability(*scaled, cumulative([6]))
+        assert_close(f"scale {scale}", got, p.double())
+        gradients = torch.autograd.grad(got.sum(), scaled)
+        wanted = torch.autograd.grad(p.sum(), (q, k), retain_graph=True)
+        for g, w in zip(gradients, wanted, strict=True):
+            assert_close(f"gradient at scale {scale}", g * scale, w.double(), 1e-4)
+
+
+def test_out_of_range_norms_are_no_boundary_and_no_nan() -> None:
+    q = randn(6, 4).detach().float()
+    for scale in (1e-30, 1e25):
+        x = (q * scale).requires_grad_()
+        p = boundary_probability(x, x, cumulative([6]))
+        assert p.tolist() == [1.0, *[0.5] * 5]
+        p.sum().backward()
+        assert x.grad is not None
+        assert not x.grad.any()
+
+
+def test_equal_neighbours_never_have_a_negative_probability() -> None:
+    x = randn(1, 700).detach().float().expand(200, 700) * torch.arange(1.0, 201)[:, None]
+    p = boundary_probability(x, x, cumulative([200]))
+    assert p.min() >= 0
+    assert p[1:].max() < 1e-6
 
 
 def test_start_key_stands_before_the_first_position() -> None:

@@ -9,8 +9,8 @@ from tests.support import (
     DEVICES,
     RAGGED,
     assert_close,
+    assert_rounded_once,
     assert_same_function,
-    assert_within_low_precision_budget,
     compiled,
     cumulative,
     probabilities,
@@ -62,6 +62,10 @@ def test_gradcheck_and_opcheck() -> None:
     )
     for arguments in ((z, p, cu_chunks, None, True), (z, p, cu_chunks, state, False)):
         torch.library.opcheck(torch.ops.h_net.ema.default, arguments)
+        plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        smoothed = ema_smooth(*plain[:2], cu_chunks).chunks
+        backward = (smoothed, *plain[:4], smoothed, plain[4])
+        torch.library.opcheck(torch.ops.h_net.ema_backward.default, backward)
 
 
 def test_compiles_once_for_all_lengths() -> None:
@@ -123,11 +127,48 @@ def test_pieces_and_steps_equal_the_whole() -> None:
 def test_low_precision_input_accumulates_in_float32() -> None:
     z = randn(200, 8).detach().to(torch.bfloat16)
     p, cu_chunks = probabilities(200).detach().float(), cumulative([120, 80])
-    exact, _ = reference.ema_smooth(z.double(), p.double(), cu_chunks)
-    plain, _ = reference.ema_smooth(z, p.to(torch.bfloat16), cu_chunks)
+    z.requires_grad_()
     got = ema_smooth(z, p, cu_chunks).chunks
-    assert got.dtype == torch.bfloat16
-    assert_within_low_precision_budget(got, plain, exact)
+    wide = z.detach().double().requires_grad_()
+    exact, _ = reference.ema_smooth(wide, p.double(), cu_chunks)
+    assert_rounded_once("smoothed", got, exact)
+    weights = torch.ones_like(got)
+    (gradient,) = torch.autograd.grad(got, z, weights)
+    (exact_gradient,) = torch.autograd.grad(exact, wide, weights.double())
+    assert_rounded_once("gradient", gradient, exact_gradient)
+
+
+def test_low_precision_steps_keep_a_wide_state() -> None:
+    z = randn(100, 4).detach().to(torch.bfloat16)
+    p = torch.full((100,), 0.05)
+    exact, _ = reference.ema_smooth(z.double(), p.double(), cumulative([100]))
+    state = torch.zeros(1, 4)
+    for t in range(100):
+        state = ema_smooth_step(z[t : t + 1], p[t : t + 1], state)
+    assert state.dtype == torch.float32
+    assert_close("state", state[0], exact[-1])
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("lens", [[10, 20, 10], [300, 100]])
+def test_what_is_not_finite_stays_in_its_sequence_and_its_future(
+    lens: list[int], bad: float
+) -> None:
+    z, p = randn(sum(lens), 3), (probabilities(sum(lens)).detach() * 0.9).requires_grad_()
+    at = lens[0] // 2
+    with torch.no_grad():
+        z[at, 1] = bad
+    cu_chunks = cumulative(lens)
+    smoothed = ema_smooth(z, p, cu_chunks).chunks
+    touched = torch.zeros(sum(lens), dtype=torch.bool)
+    touched[at : lens[0]] = True
+    assert smoothed[touched].isnan().any(1).all()
+    clean, _ = reference.ema_smooth(z, p, cu_chunks)
+    assert_close("the rest", smoothed[~touched], clean[~touched])
+    grad = torch.ones_like(z)
+    grad[at, 1] = bad
+    (gradient,) = torch.autograd.grad(smoothed, p, grad)
+    assert gradient[lens[0] :].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from h_net_dynamic_chunking.ops import expand, expand_step, reference, segment
 from tests.support import (
     DEVICES,
     RAGGED,
+    assert_close,
+    assert_rounded_once,
     assert_same_function,
-    assert_within_low_precision_budget,
     boundaries,
     compiled,
     cumulative,
@@ -68,6 +69,8 @@ def test_gradcheck_and_opcheck() -> None:
     )
     for rest in ((None, None), (probabilities(7), residual)):
         torch.library.opcheck(torch.ops.h_net.expand.default, (smoothed, chunk_of_position, *rest))
+    backward = (residual.detach(), smoothed.detach(), chunk_of_position)
+    torch.library.opcheck(torch.ops.h_net.expand_backward.default, backward)
 
 
 def test_compiles_once_for_all_lengths() -> None:
@@ -116,10 +119,14 @@ def test_low_precision_gradient_sums_in_float32() -> None:
     smoothed = randn(1, 8).detach().to(torch.bfloat16).requires_grad_()
     weights = randn(500, 8, seed=1).detach().to(torch.bfloat16)
     (got,) = torch.autograd.grad((expand(smoothed, chunk_of_position) * weights).sum(), smoothed)
-    plain = torch.zeros(8, dtype=torch.bfloat16)
-    for row in weights:
-        plain += row
-    assert_within_low_precision_budget(got[0], plain, weights.double().sum(0))
+    assert_rounded_once("gradient", got[0], weights.double().sum(0))
+
+
+def test_low_precision_sum_with_the_residual_is_rounded_once() -> None:
+    smoothed = randn(1, 512).detach().to(torch.bfloat16)
+    residual = randn(1, 512, seed=1).detach()
+    out = expand(smoothed, torch.tensor([0]), None, residual.float())
+    assert_close("output", out, smoothed.double() + residual)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""How often a forward pass stops the host to read from the GPU: once a stage, never when capped."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from h_net_dynamic_chunking import DynamicSequenceChunker, HNet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def host_reads(function: Callable[[], Any]) -> int:
+    """Synchronising operations in one call, after a first one that loads what is loaded lazily."""
+    function()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize(("max_chunks", "reads"), [(None, 1), (8, 0)])
+def test_chunker(max_chunks: int | None, reads: int) -> None:
+    chunker = DynamicSequenceChunker(16, max_chunks=max_chunks, handle_residual_proj=True).cuda()
+    x = torch.randn(3, 50, 16, device="cuda")
+
+    def forward(**lengths: Any) -> torch.Tensor:
+        chunks, upsample, _ = chunker(x, **lengths)
+        return upsample(chunks)
+
+    assert host_reads(forward) == reads
+    lens = torch.tensor([50, 0, 7], device="cuda")
+    # Packing reads the total once more, unless the shapes are static.
+    assert host_reads(lambda: forward(lens=lens)) == 2 * reads
+
+
+@pytest.mark.parametrize(("max_chunks", "reads"), [(None, 3), (8, 0)])
+def test_three_stages(max_chunks: int | None, reads: int) -> None:
+    net: nn.Module = nn.Identity()
+    for _ in range(3):
+        net = HNet(nn.Linear(16, 16), net, nn.Linear(16, 16), 16, max_chunks=max_chunks)
+    net, x = net.cuda(), torch.randn(3, 50, 16, device="cuda")
+    assert host_reads(lambda: net(x)) == reads
