@@ -5,8 +5,9 @@
     python train.py --resume                     go on with the newest run
 
 A run writes its folder, runs/<time> unless --out names one: config.json, metrics.jsonl,
-checkpoint.pt, samples.txt and curves.png. Ctrl-C leaves a checkpoint; on a CPU, a resumed run has
-bitwise the losses of one that was never stopped.
+checkpoint.pt, samples.txt and curves.png. Ctrl-C leaves a checkpoint; on a CPU, a resumed run whose
+length is given by --steps has bitwise the losses of one that was never stopped. By --minutes the
+learning rate follows the clock, which no two runs share.
 """
 
 import argparse
@@ -23,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from h_net_dynamic_chunking._version import __version__
+from h_net_dynamic_chunking.files import write_text
 from h_net_dynamic_chunking.training.batches import training_batch
 from h_net_dynamic_chunking.training.checkpoint import Checkpoint
 from h_net_dynamic_chunking.training.config import ATTENTIONS, MAMBAS, Config
 from h_net_dynamic_chunking.training.corpus import Corpus, open_corpus
 from h_net_dynamic_chunking.training.devices import resolve_device
 from h_net_dynamic_chunking.training.evaluation import Evaluation, evaluate, gzip_bpb
-from h_net_dynamic_chunking.training.files import write_text
 from h_net_dynamic_chunking.training.folder import RunFolder, new_run, run_to_resume
 from h_net_dynamic_chunking.training.interruption import Interruption
 from h_net_dynamic_chunking.training.metrics import MetricsLog, Row, plot, read_rows
@@ -152,8 +153,10 @@ def prepare(argv: Sequence[str] | None) -> Run:
     args = parser.parse_args(argv)
     if args.resume:
         folder = run_to_resume(args.out, RUNS)
-        # A flag that is not given again stays as it was.
+        # A flag that is not given again stays as it was; a new limit replaces the old ones.
         saved = folder.read_settings()
+        if args.steps is not None or args.minutes is not None:
+            saved = {name: saved[name] for name in saved.keys() - {"steps", "minutes"}}
         parser.set_defaults(**{name: saved[name] for name in vars(args).keys() & saved.keys()})
         args = parser.parse_args(argv)
     else:
@@ -161,6 +164,9 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if args.steps is None and args.minutes is None:
         args.minutes = MINUTES
 
+    for name in ("val_every", "checkpoint_every"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 0")
     limit = Limit(args.steps, args.minutes)
     device = resolve_device(args.device)
     config = Config.from_settings(vars(args))
@@ -176,13 +182,21 @@ def prepare(argv: Sequence[str] | None) -> Run:
     config = replace(config, corpus_sha256=corpus.sha256)
 
     run = Run(args, config, limit, folder, corpus, model, optimizer, device, Stopwatch())
+    habits = {name: value for name, value in vars(args).items() if name not in OF_THE_CALL}
+    settings = {**habits, **config.to_json(), "version": __version__}
     if args.resume:
         run.restore()
-    else:
-        habits = {name: value for name, value in vars(args).items() if name not in OF_THE_CALL}
-        folder.create({**habits, **config.to_json(), "version": __version__})
+        if folder.metrics.exists():
+            read_rows(folder.metrics)  # refuses a damaged file while nothing is written yet
+        folder.write_settings(settings)
+        return run
+    folder.write_settings(settings)
+    try:
         # So that even a run killed before its first checkpoint can be resumed.
         run.save()
+    except (OSError, RuntimeError) as error:
+        folder.config.unlink()
+        raise ValueError(f"out: {folder.path} cannot hold a checkpoint ({error})") from error
     return run
 
 
@@ -223,9 +237,14 @@ def take_step(run: Run, content: Tensor) -> Row:
 def validate(run: Run, content: Tensor, finished: bool) -> Evaluation:
     """Measure the model on `content`, uint8 (length,), and write samples from it."""
     config = run.config
-    write_text(run.folder.samples, samples_text(run.model, content, config.seed))
     every = 1 if finished else max(1, len(content) // QUICK_VALIDATION_BYTES)
-    return evaluate(run.model, content, config.batch_size, config.seq_len, every)
+    evaluation = evaluate(run.model, content, config.batch_size, config.seq_len, every)
+    if not math.isfinite(evaluation.bpb):
+        raise FloatingPointError(f"validation is {evaluation.bpb} at step {run.step}")
+    # Not at the first step, whose samples would be noise and delay the start.
+    if run.step > 1 or finished:
+        write_text(run.folder.samples, samples_text(run.model, content, config.seed))
+    return evaluation
 
 
 def train(run: Run) -> int:

@@ -2,44 +2,119 @@
 
 Bias-free, softmax(q k^T / sqrt(head_dim)) v, rotary positions on the first channels of each head,
 an optional window to the left. Positions are those of the sequence given: inside an H-Net a stage
-counts its own chunks. No cache and no packed form yet.
+counts its own chunks. The work is done by torch's own kernels; which one, `CausalAttention` says.
 """
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from h_net_dynamic_chunking.layers._checks import check_input, check_sizes
+from h_net_dynamic_chunking.layers._checks import (
+    check_cache_tensor,
+    check_input,
+    check_sizes,
+    check_step_input,
+)
+from h_net_dynamic_chunking.layers._packed import longest, position_in_sequence, zero_tail
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 
-def rotate(x: Tensor, rotary_dim: int, base: float = 10000.0) -> Tensor:
-    """Turn channels i and i + rotary_dim/2 of position t by the angle t * base^(-2i/rotary_dim).
+@cache
+def _varlen() -> tuple[Callable[..., Any], bool]:
+    """torch's attention over packed sequences, and whether it knows windows.
 
-    x:    (batch, length, heads, head_dim), float; positions count from 0
-    out:  like x; channels from rotary_dim on are left alone, angles are float32 (float64) inside
+    torch 2.10 has the argument is_causal, later versions have window_size instead. Imported at the
+    first use, because it takes a second that only a GPU gains from.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def rotate(x: Tensor, position: Tensor, rotary_dim: int, base: float = 10000.0) -> Tensor:
+    """Turn channels i and i + rotary_dim/2 at position t by the angle t * base^(-2i/rotary_dim).
+
+    x:         (..., heads, head_dim), float
+    position:  int, with the leading dimensions of x or the last of them: (length,) or (batch,)
+    out:       like x; channels from rotary_dim on are left alone, angles are float32 (float64)
 
     >>> x = torch.tensor([1.0, 0.0]).expand(1, 2, 1, 2)
-    >>> rotate(x, 2)[0, :, 0]
+    >>> rotate(x, torch.arange(2), 2)[0, :, 0]
     tensor([[1.0000, 0.0000],
             [0.5403, 0.8415]])
     """
     wide, half = accumulation_dtype(x.dtype), rotary_dim // 2
     exponent = torch.arange(half, dtype=wide, device=x.device) * (-2 / max(rotary_dim, 1))
-    position = torch.arange(x.shape[1], dtype=wide, device=x.device)
-    angle = (position[:, None] * base**exponent)[:, None]  # (length, 1, half)
+    angle = (position.to(wide)[..., None] * base**exponent)[..., None, :]  # (..., 1, half)
     cos, sin = angle.cos(), angle.sin()
     first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = (first * cos - second * sin, first * sin + second * cos)
     return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
 
+@dataclass
+class AttentionCache:
+    """The keys and values of the positions so far; with a window, of those that it still reaches.
+
+    Row r of position t stands in slot t, or t modulo slots in a ring.
+    """
+
+    keys: Tensor
+    """(batch, slots, heads, head_dim), turned by their positions."""
+    values: Tensor
+    """(batch, slots, heads, head_dim)."""
+    position: Tensor
+    """int64 (batch,): how many positions each row has seen."""
+    ring: bool
+    """Whether new positions may overwrite the oldest, which the window has left behind."""
+
+    def check(self, batch_size: int, dtype: torch.dtype) -> None:
+        """Raise ValueError unless the cache fits `batch_size` rows of `dtype` and has a free slot.
+
+        Free slots are counted on a CPU only: elsewhere that would stop the host, and the write
+        that finds none fails on the device.
+        """
+        check_cache_tensor(self.keys, batch_size, dtype)
+        slots = self.keys.shape[1]
+        if not self.ring and self.position.device.type == "cpu" and (self.position >= slots).any():
+            raise ValueError(
+                f"cache is full: it was allocated for max_seqlen = {slots} positions, and its rows "
+                f"have seen {self.position.tolist()}"
+            )
+
+    def append(self, key: Tensor, value: Tensor) -> Tensor:
+        """Add one position (batch, heads, head_dim) to each row; return bool (batch, slots).
+
+        The result tells which slots are in use.
+        """
+        slots = self.keys.shape[1]
+        rows = torch.arange(key.shape[0], device=key.device)
+        slot = self.position % slots if self.ring else self.position
+        self.keys[rows, slot] = key.to(self.keys.dtype)
+        self.values[rows, slot] = value.to(self.values.dtype)
+        used = torch.arange(slots, device=key.device) <= self.position[:, None]
+        self.position += 1
+        return used
+
+
 class CausalAttention(nn.Module):
     """Let each position attend to itself and to those before it.
 
-    x:    (batch, length, d_model), float
-    out:  (batch, length, d_model), dtype of `out_proj`'s result
+    x:           (batch, length, d_model), float; with cu_seqlens packed, (total, d_model)
+    cu_seqlens:  (batch + 1,), int32 or int64: cumulative lengths of packed sequences. Rows from
+                 cu_seqlens[-1] on may hold anything and come out as zeros
+    max_seqlen:  the longest of the packed sequences, or more. None reads it, which stops the host
+    out:         shape of x, dtype of `out_proj`'s result
+
+    Packed sequences go through `varlen_attn` where that can run, which is on a GPU in half
+    precision; elsewhere through `scaled_dot_product_attention`, one after the other.
 
     Args:
         d_model: width of the input.
@@ -50,7 +125,8 @@ class CausalAttention(nn.Module):
         window_size: how many positions to the left are kept besides the own one; -1 keeps all.
 
     Raises:
-        ValueError: sizes out of these ranges, an input of another width.
+        ValueError: sizes out of these ranges, an input of another shape, a cache that is full or
+            of another batch size or dtype.
 
     `Wqkv` has the rows [all q; all k; all v], each (head, channel), as in official checkpoints.
 
@@ -89,20 +165,124 @@ class CausalAttention(nn.Module):
         self.Wqkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.d_model)
-        q, k, v = rearrange(self.Wqkv(x), "b l (qkv h p) -> qkv b l h p", qkv=3, h=self.num_heads)
-        q, k = (rotate(part, self.rotary_dim, self.rotary_base) for part in (q, k))
-        mask = self._window(x.shape[1], x.device)
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        check_input(x, self.d_model, cu_seqlens)
+        if cu_seqlens is None:
+            q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device))
+            mixed = self._attend(q, k, v)
+        else:
+            q, k, v = self._project(
+                zero_tail(x, cu_seqlens), position_in_sequence(cu_seqlens, x.shape[0])
+            )
+            if self._varlen_can_run(q):
+                mixed = self._attend_varlen(q, k, v, cu_seqlens, max_seqlen)
+            else:
+                mixed = self._attend_one_by_one(q, k, v, cu_seqlens)
+        return self._merge(mixed)
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+    ) -> AttentionCache:
+        """A cache for `step` before the first position.
+
+        It holds `max_seqlen` positions, or with a window that is shorter window_size + 1, and then
+        is never full. `dtype` is that of the x to come; the weights' if None.
+        """
+        check_sizes(batch_size=batch_size, max_seqlen=max_seqlen)
+        ring = self.window_size != -1 and self.window_size < max_seqlen
+        slots = self.window_size + 1 if ring else max_seqlen
+        weight, head_dim = self.Wqkv.weight, self.d_model // self.num_heads
+        shape = (batch_size, slots, self.num_heads, head_dim)
+        return AttentionCache(
+            keys=weight.new_zeros(shape, dtype=dtype),
+            values=weight.new_zeros(shape, dtype=dtype),
+            position=weight.new_zeros(batch_size, dtype=torch.int64),
+            ring=ring,
+        )
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: AttentionCache) -> Tensor:
+        """The next position of every row; updates `cache` in place. No gradients.
+
+        x, out:  (batch, d_model)
+
+        Raises:
+            ValueError: x of another shape, a cache that is full (see `AttentionCache.check`) or of
+                another batch size or dtype.
+        """
+        check_step_input(x, self.d_model)
+        cache.check(x.shape[0], x.dtype)
+        q, k, v = self._project(x, cache.position)
+        used = cache.append(k, v)
         mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+            q[:, :, None],
+            cache.keys.transpose(1, 2).to(q.dtype),
+            cache.values.transpose(1, 2).to(q.dtype),
+            attn_mask=used[:, None, None],
+        )
+        return self._merge(mixed[:, :, 0])
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (..., heads, head_dim) of x (..., d_model), the first two turned."""
+        q, k, v = rearrange(self.Wqkv(x), "... (qkv h p) -> qkv ... h p", qkv=3, h=self.num_heads)
+        q, k = (rotate(part, position, self.rotary_dim, self.rotary_base) for part in (q, k))
+        return q, k, v
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        """(..., heads, head_dim) -> (..., d_model)."""
+        projected: Tensor = self.out_proj(mixed.flatten(-2))
+        return projected
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention inside one sequence or a batch of them: all (..., length, heads, head_dim)."""
+        mask = self._window(q.shape[-3], q.device)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(-3, -2),
+            k.transpose(-3, -2),
+            v.transpose(-3, -2),
             attn_mask=mask,
             is_causal=mask is None,
         )
-        projected: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        return projected
+        return mixed.transpose(-3, -2)
+
+    def _attend_one_by_one(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Attention inside each packed sequence: all (total, heads, head_dim)."""
+        lens = cu_seqlens.diff().tolist()  # stops the host of a GPU
+        sizes = [*lens, q.shape[0] - sum(lens)]
+        parts = (torch.split(part, sizes) for part in (q, k, v))
+        *sequences, tail = zip(*parts, strict=True)
+        # The tail of q holds zeros, and so is its own result.
+        return torch.cat([*(self._attend(*sequence) for sequence in sequences), tail[0]])
+
+    def _varlen_can_run(self, q: Tensor) -> bool:
+        """Whether `varlen_attn` takes q (total, heads, head_dim) and knows the window."""
+        return (
+            q.is_cuda
+            and q.dtype in (torch.float16, torch.bfloat16)
+            and q.shape[0] > 0
+            and q.shape[-1] % 8 == 0
+            and q.shape[-1] <= 256
+            and torch.cuda.get_device_capability(q.device) >= (8, 0)
+            and (self.window_size == -1 or _varlen()[1])
+        )
+
+    def _attend_varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+    ) -> Tensor:
+        """Attention inside each packed sequence: all (total, heads, head_dim)."""
+        if max_seqlen is None:
+            max_seqlen = longest(cu_seqlens)
+        varlen_attn, has_window = _varlen()
+        causal: dict[str, Any] = {"is_causal": True}
+        if has_window:
+            causal = {"window_size": (self.window_size, 0)}
+        ends = cu_seqlens.to(torch.int32)
+        # The kernels write nothing to the tail, neither of the result nor of the gradients.
+        q, k, v = (zero_tail(part, cu_seqlens) for part in (q, k, v))
+        mixed = varlen_attn(q, k, v, ends, ends, max_seqlen, max_seqlen, **causal)
+        return zero_tail(cast(Tensor, mixed), cu_seqlens)
 
     def _window(self, length: int, device: torch.device) -> Tensor | None:
         """Bool `(length, length)`, True where i - window_size <= j <= i; None if all of j <= i."""

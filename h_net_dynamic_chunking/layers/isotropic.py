@@ -6,16 +6,19 @@ is the mixer alone; upper case adds a SwiGLU. Every layer is pre-norm, and a nor
     h += mixer(norm1(h));   upper case: h += mlp(norm2(h));   out = rmsnorm(h)
 """
 
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.layers._checks import check_input, check_sizes
-from h_net_dynamic_chunking.layers.attention import CausalAttention
-from h_net_dynamic_chunking.layers.mamba2 import Mamba2
+from h_net_dynamic_chunking.layers._checks import check_input, check_sizes, check_step_input
+from h_net_dynamic_chunking.layers._packed import longest, zero_tail
+from h_net_dynamic_chunking.layers.attention import AttentionCache, CausalAttention
+from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
@@ -23,10 +26,22 @@ from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 MixerFactory = Callable[[int], nn.Module]
 
 
+@runtime_checkable
+class StepMixer(Protocol):
+    """A mixer that can decode: what `Isotropic.step` asks of it. A cache is whatever it likes."""
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+    ) -> Any: ...
+
+    def step(self, x: Tensor, cache: Any) -> Tensor: ...
+
+
 class Block(nn.Module):
     """Add a mixer, then perhaps an MLP, to the residual stream; each sees it through its norm.
 
-    h, out: (batch, length, d_model), float32 or float64
+    h, out: (batch, length, d_model), float32 or float64; packed (total, d_model) with `cu_seqlens`,
+            which goes on to the mixer, as does `max_seqlen` if the mixer's forward names it
     """
 
     def __init__(self, mixer: nn.Module, d_model: int, mlp: SwiGLU | None = None) -> None:
@@ -36,19 +51,44 @@ class Block(nn.Module):
         # Without an MLP both stay None, and so leave no key in the state dict.
         self.norm2 = RMSNorm(d_model) if mlp is not None else None
         self.mlp = mlp
+        self.lengths = _lengths_named_by(mixer)  # dynamo cannot trace the inspection
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.mixer(self.norm1(h))
+    def forward(
+        self, h: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        lengths: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            offers = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+            lengths = {name: offers[name] for name in self.lengths}
+        return self._add_mlp(h + self.mixer(self.norm1(h), **lengths))
+
+    def step(self, h: Tensor, cache: Any) -> Tensor:
+        """One position: h, out (batch, d_model)."""
+        mixer = cast(StepMixer, self.mixer)
+        return self._add_mlp(h + mixer.step(self.norm1(h), cache))
+
+    def _add_mlp(self, h: Tensor) -> Tensor:
         if self.norm2 is not None and self.mlp is not None:
             h = h + self.mlp(self.norm2(h))
         return h
 
 
+def _lengths_named_by(mixer: nn.Module) -> list[str]:
+    """Which of `cu_seqlens` and `max_seqlen` the mixer's forward names."""
+    mixer = getattr(mixer, "_orig_mod", mixer)  # torch.compile hides the signature behind *args
+    names = inspect.signature(mixer.forward).parameters
+    return [name for name in ("cu_seqlens", "max_seqlen") if name in names]
+
+
 class Isotropic(nn.Module):
     """Stack layers of one width, as the encoders, decoders and main networks of an H-Net are.
 
-    x:    (batch, length, d_model), float
-    out:  (batch, length, d_model), dtype of `rmsnorm.weight`
+    x:           (batch, length, d_model), float; with cu_seqlens packed, (total, d_model)
+    cu_seqlens:  (batch + 1,), int32 or int64: cumulative lengths of packed sequences. Rows from
+                 cu_seqlens[-1] on may hold anything and get no gradient
+    max_seqlen:  the longest of the packed sequences, or more; None reads it, once for all layers,
+                 if a mixer asks for it, which stops the host of a GPU
+    out:         shape of x, dtype of `rmsnorm.weight`
 
     The residual stream is float32 whatever the dtypes of input and weights (float64 stays).
     Position t of the output depends on positions up to t only: finite pads on the right do no harm.
@@ -60,11 +100,13 @@ class Isotropic(nn.Module):
         attention: options of `CausalAttention` for the letter t; 16 heads unless it says otherwise.
         d_intermediate: width of every SwiGLU, see there; only upper-case letters read it.
         mixers: constructors by lower-case letter, each taking d_model and giving a module that maps
-            (batch, length, d_model) to the same shape. Replaces m or t, or adds a letter.
+            (batch, length, d_model) to the same shape. Replaces m or t, or adds a letter. One whose
+            forward names `cu_seqlens` also maps packed input; a `StepMixer` also decodes.
 
     Raises:
         ValueError: a layout that cannot be read or names an unknown letter, options for a mixer
-            that `mixers` replaces, a size out of range, an input of another width.
+            that `mixers` replaces, a size out of range, an input of another shape, packed input or
+            decoding with a mixer that cannot do it, caches that do not fit (see `step`).
 
     >>> import torch
     >>> stack = Isotropic("T1m2", 64, ssm={"d_state": 16}, attention={"num_heads": 4})
@@ -97,13 +139,85 @@ class Isotropic(nn.Module):
         )
         self.rmsnorm = RMSNorm(d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.d_model)
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        check_input(x, self.d_model, cu_seqlens)
         h = x.to(accumulation_dtype(x.dtype))
+        if cu_seqlens is not None:
+            self._check_packed_mixers()
+            h = zero_tail(h, cu_seqlens)
+            if max_seqlen is None and any("max_seqlen" in block.lengths for block in self._blocks):
+                max_seqlen = longest(cu_seqlens)
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h, cu_seqlens, max_seqlen)
         out: Tensor = self.rmsnorm(h)
         return out
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+    ) -> list[Any]:
+        """One cache for each layer, before the first position; see the mixers.
+
+        `dtype` is that of the weights, which is what the mixers will see; None asks them.
+
+        Raises:
+            ValueError: a mixer that cannot decode, a size below 1.
+        """
+        return [
+            mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
+            for mixer in self._step_mixers()
+        ]
+
+    @torch.no_grad()
+    def step(self, x: Tensor, caches: Sequence[Any]) -> Tensor:
+        """The next position of every row; updates `caches` in place. No gradients.
+
+        x, out:  (batch, d_model)
+
+        Raises:
+            ValueError: x of another shape, a mixer that cannot decode, another number of caches
+                than layers, a cache that is full or of another batch size or dtype. No cache has
+                changed then.
+        """
+        check_step_input(x, self.d_model)
+        self._step_mixers()
+        if len(caches) != len(self._blocks):
+            raise ValueError(
+                f"caches must be one for each of the {len(self._blocks)} layers, got {len(caches)}"
+            )
+        for block, cache in zip(self._blocks, caches, strict=True):
+            if isinstance(cache, (MambaCache, AttentionCache)):
+                cache.check(x.shape[0], block.norm1.weight.dtype)
+        h = x.to(accumulation_dtype(x.dtype))
+        for block, cache in zip(self._blocks, caches, strict=True):
+            h = block.step(h, cache)
+        out: Tensor = self.rmsnorm(h)
+        return out
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
+
+    def _check_packed_mixers(self) -> None:
+        for number, block in enumerate(self._blocks):
+            if "cu_seqlens" not in block.lengths:
+                raise ValueError(
+                    f"cu_seqlens must be None: layer {number} has a {type(block.mixer).__name__}, "
+                    "whose forward does not take it; pass x padded"
+                )
+
+    def _step_mixers(self) -> list[StepMixer]:
+        """The mixers of all layers, if they can decode; else ValueError."""
+        mixers: list[StepMixer] = []
+        for number, block in enumerate(self._blocks):
+            if not isinstance(block.mixer, StepMixer):
+                raise ValueError(
+                    f"mixers must have allocate_inference_cache and step to decode: layer {number} "
+                    f"has a {type(block.mixer).__name__}"
+                )
+            mixers.append(block.mixer)
+        return mixers
 
 
 def _mixer_factories(
@@ -128,18 +242,31 @@ def _mixer_factories(
     return {**own, **mixers}
 
 
-def _expand_layout(layout: str, known: Mapping[str, MixerFactory]) -> str:
-    """ "T1m4" -> "Tmmmm"."""
+def parse_layout(layout: str) -> list[tuple[str, int]]:
+    """The letters of a layout and how many layers each stands for.
+
+    Raises:
+        ValueError: not groups of a letter and a count of at least 1.
+
+    >>> parse_layout("T1m4")
+    [('T', 1), ('m', 4)]
+    """
     groups = re.findall(r"([A-Za-z])([1-9][0-9]*)", layout)
     if not layout or "".join(letter + count for letter, count in groups) != layout:
         raise ValueError(
             f'layout must be groups of a letter and a count of at least 1, like "T1m4", '
             f"got {layout!r}"
         )
+    return [(letter, int(count)) for letter, count in groups]
+
+
+def _expand_layout(layout: str, known: Mapping[str, MixerFactory]) -> str:
+    """ "T1m4" -> "Tmmmm"."""
+    groups = parse_layout(layout)
     for letter, _ in groups:
         if letter.lower() not in known:
             raise ValueError(
                 f"layout must use the letters {', '.join(sorted(known))} or their capitals, "
                 f"got {letter!r} in {layout!r}"
             )
-    return "".join(letter * int(count) for letter, count in groups)
+    return "".join(letter * count for letter, count in groups)

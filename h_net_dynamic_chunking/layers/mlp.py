@@ -6,7 +6,7 @@ The second half of fc1 is the gate, as in the official checkpoints. No biases.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from h_net_dynamic_chunking.layers._checks import check_input, check_sizes
+from h_net_dynamic_chunking.layers._checks import check_sizes
 
 # Widths are rounded up to this, the official choice: whole tiles of a GPU's matrix units.
 _WIDTH_MULTIPLE = 128
@@ -15,8 +15,8 @@ _WIDTH_MULTIPLE = 128
 class SwiGLU(nn.Module):
     """Apply the gated MLP to each position by itself.
 
-    x:    (batch, length, d_model), float
-    out:  (batch, length, d_model), dtype of `fc2`'s result
+    x:    (..., d_model), float: padded, packed or a single step alike
+    out:  (..., d_model), dtype of `fc2`'s result
 
     Args:
         d_model: width of the input.
@@ -43,7 +43,8 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(width, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.d_model)
+        if x.shape[-1:] != (self.d_model,):
+            raise ValueError(f"x must have shape (..., {self.d_model}), got {tuple(x.shape)}")
         value, gate = self.fc1(x).chunk(2, dim=-1)
         projected: Tensor = self.fc2(value * F.silu(gate))
         return projected

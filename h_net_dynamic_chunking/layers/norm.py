@@ -1,7 +1,8 @@
 """RMSNorm between a wide residual stream and narrower weights: x / sqrt(mean(x^2) + 1e-5) * w.
 
-The residual stream is float32 whatever the dtype of a model's weights, and torch.nn.RMSNorm warns
-and leaves its fused kernel when its input and weight differ. Only the dtypes are settled here.
+The residual stream is float32 whatever the dtype of a model's weights. When the two differ,
+torch.nn.RMSNorm leaves its fused kernel and says so once, in a UserWarning: "Mismatch dtype between
+input and weight" (torch 2.13, CPU). Only the dtypes are settled here.
 """
 
 import torch

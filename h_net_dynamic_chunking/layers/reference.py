@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 
-def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def ssd_sequential(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    sequence: Tensor | None = None,
+) -> Tensor:
     """Run the recurrence as written; shapes as in `mamba2.ssd_chunked`.
 
     >>> x, dt, A = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1), torch.tensor([0.5]).log()
@@ -21,6 +29,9 @@ def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     state = x.new_zeros(batch, heads, head_dim, B.shape[-1])
     outputs = []
     for t in range(length):
+        if sequence is not None and t > 0:
+            goes_on = sequence[:, t] == sequence[:, t - 1]
+            state = torch.where(goes_on[:, None, None, None], state, 0)
         decay = (dt[:, t] * A).exp()[:, :, None, None]
         write = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], B[:, t])
         state = decay * state + write

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from h_net_dynamic_chunking.training.files import write_atomically
+from h_net_dynamic_chunking.files import write_atomically
 
 FILE_NAME = "checkpoint.pt"
 
@@ -46,6 +46,13 @@ class Checkpoint:
         # and fail inside that in any way.
         if not zipfile.is_zipfile(path):
             raise ValueError(unreadable)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not compare the checksums itself
+        except zipfile.BadZipFile as error:
+            raise ValueError(unreadable) from error
+        if damaged is not None:
+            raise ValueError(f"resume: {path} is damaged: {damaged} has another checksum")
         try:
             content = torch.load(path, map_location=device, weights_only=True)
         except (RuntimeError, pickle.UnpicklingError) as error:

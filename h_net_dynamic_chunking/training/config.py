@@ -1,4 +1,4 @@
-"""What a run is: two runs with equal configurations on the same machine have equal losses."""
+"""What a run is, but for its length: sizes, rates, seed and the digest of its corpus."""
 
 import math
 from collections.abc import Mapping
@@ -63,7 +63,10 @@ class Config:
         for name in names:
             value = settings[name]
             values[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"the configuration has a value of a wrong type ({error})") from error
 
     @property
     def bytes_per_chunk(self) -> tuple[float, float]:

@@ -5,12 +5,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from h_net_dynamic_chunking.files import write_text
 from h_net_dynamic_chunking.training import checkpoint, metrics
-from h_net_dynamic_chunking.training.files import write_text
 
 
 class RunFolder:
-    """The folder of one run. Nothing is written before `create`."""
+    """The folder of one run. Nothing is written before `write_settings`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,8 +24,8 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         return any(file.exists() for file in (self.config, self.checkpoint, self.metrics))
 
-    def create(self, settings: dict[str, Any]) -> None:
-        """Make the folder and write down with which settings the run was started."""
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Write down, in a folder made if need be, with which settings the run goes."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, json.dumps(settings, indent=2) + "\n")
@@ -33,7 +33,7 @@ class RunFolder:
             raise ValueError(f"out: {self.path} cannot be written ({error.strerror})") from error
 
     def read_settings(self) -> dict[str, Any]:
-        """Return what `create` wrote."""
+        """Return what `write_settings` wrote."""
         try:
             settings = json.loads(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

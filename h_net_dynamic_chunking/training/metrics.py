@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from h_net_dynamic_chunking.training.files import write_atomically, write_text
+from h_net_dynamic_chunking.files import write_atomically, write_text
 
 FILE_NAME = "metrics.jsonl"
 
@@ -49,7 +49,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics file, without a last line that a crash cut short."""
     lines = path.read_text(encoding="utf-8").split("\n")
     # What follows the last line feed is empty, or half of a row.
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); mend or remove it") from error
 
 
 def plot(rows: list[dict[str, Any]], targets: tuple[float, ...], path: Path) -> None:

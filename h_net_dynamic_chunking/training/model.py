@@ -1,7 +1,6 @@
 """A byte-level language model around a two-level HNet: embedding, HNet of layers, head."""
 
 import math
-import re
 from typing import NamedTuple, cast
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking import HNet
 from h_net_dynamic_chunking.layers import Isotropic
+from h_net_dynamic_chunking.scaling import INIT_STD, init_stacks
 from h_net_dynamic_chunking.training.config import Config
 from h_net_dynamic_chunking.training.mixers import mixers_for
 
 BYTES = 256
-INIT_STD = 0.02
 
 
 class Prediction(NamedTuple):
@@ -64,7 +63,7 @@ class ByteHNet(nn.Module):
             ratio_loss_weight=config.ratio_loss_weight,
         )
         self.head = nn.Linear(outer, BYTES, bias=False)
-        self._initialise(config.layouts)
+        self._initialise()
 
     def forward(self, content: Tensor) -> Prediction:
         result = self.hnet(self.embedding(content))
@@ -82,39 +81,18 @@ class ByteHNet(nn.Module):
         """The level inside: its encoder, decoder and chunker, around the main network."""
         return cast(HNet, self.hnet.network)
 
-    def stacks(self) -> list[list[nn.Module]]:
+    def stacks(self) -> list[list[Isotropic]]:
         """Return the layer stacks of each level: two of stage 0, two of stage 1, the main one."""
         inner = self.inner
-        return [
+        levels = [
             [self.hnet.encoder, self.hnet.decoder],
             [inner.encoder, inner.decoder],
             [inner.network],
         ]
+        return cast(list[list[Isotropic]], levels)
 
-    def _initialise(self, layouts: tuple[str, ...]) -> None:
-        """Initialise as the official code does; the chunkers keep what they chose themselves.
-
-        A projection onto the residual stream shrinks with the additions that the stream has seen,
-        counted from the outside in.
-        """
+    def _initialise(self) -> None:
+        """Initialise as the official code does; the chunkers keep what they chose themselves."""
         nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.head.weight, std=INIT_STD)
-        additions = 0
-        for layout, stacks in zip(layouts, self.stacks(), strict=True):
-            additions += len(stacks) * residual_additions(layout)
-            for stack in stacks:
-                for name, module in stack.named_modules():
-                    if isinstance(module, nn.Linear):
-                        onto_stream = name.endswith(("out_proj", "fc2", "to_out"))
-                        shrink = math.sqrt(additions) if onto_stream else 1.0
-                        nn.init.normal_(module.weight, std=INIT_STD / shrink)
-
-
-def residual_additions(layout: str) -> int:
-    """Count what a stack adds to its residual stream: upper case adds a mixer and an MLP.
-
-    >>> residual_additions("T1m4")
-    6
-    """
-    groups = re.findall(r"([a-zA-Z])(\d+)", layout)
-    return sum(int(count) * (2 if letter.isupper() else 1) for letter, count in groups)
+        init_stacks(self.stacks())

@@ -12,7 +12,8 @@ def attend_by_hand(mixer: CausalAttention, x: Tensor, window: int) -> Tensor:
     """One row, one head and one position at a time; keys window..0 to the left."""
     q, k, v = (x @ mixer.Wqkv.weight.T).chunk(3, dim=-1)
     heads, head_dim = mixer.num_heads, x.shape[-1] // mixer.num_heads
-    q, k = (rotate(t.unflatten(-1, (heads, head_dim)), mixer.rotary_dim) for t in (q, k))
+    position = torch.arange(x.shape[1])
+    q, k = (rotate(t.unflatten(-1, (heads, head_dim)), position, mixer.rotary_dim) for t in (q, k))
     v = v.unflatten(-1, (heads, head_dim))
     out = torch.zeros_like(v)
     for row in range(x.shape[0]):
@@ -37,7 +38,7 @@ def test_rotary_is_relative() -> None:
     """Scores of two vectors depend on their distance only; later channels are not turned."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 12, dtype=torch.float64).expand(2, 1, 20, 1, 12)
-    q_turned, k_turned = rotate(q, 8)[0, :, 0], rotate(k, 8)[0, :, 0]
+    q_turned, k_turned = (rotate(part, torch.arange(20), 8)[0, :, 0] for part in (q, k))
     scores = q_turned @ k_turned.T
     for distance in (-3, 0, 5):
         diagonal = scores.diagonal(distance)
@@ -50,7 +51,7 @@ def test_rotary_pairs_and_angles() -> None:
     """Channel i pairs with i + r/2 and turns by t * base^(-2i/r)."""
     x = torch.zeros(1, 4, 1, 6, dtype=torch.float64)
     x[..., 1] = 1
-    turned = rotate(x, 4, base=100.0)[0, 3, 0]
+    turned = rotate(x, torch.arange(4), 4, base=100.0)[0, 3, 0]
     angle = torch.tensor(3 * 100.0 ** (-2 / 4), dtype=torch.float64)
     expected = torch.zeros(6, dtype=torch.float64)
     expected[1], expected[3] = angle.cos(), angle.sin()

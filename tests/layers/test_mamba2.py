@@ -52,6 +52,42 @@ def test_chunked_equals_sequential(length: int) -> None:
         )
 
 
+# Lengths of the sequences: starts at, before and after the edges of chunks of 4, two in one chunk,
+# a sequence over three chunks, single positions.
+RUNS = [[13], [4, 4, 5], [3, 1, 1, 8], [1] * 6 + [7], [5, 2, 6], [1, 12], [12, 1]]
+
+
+@pytest.mark.parametrize("runs", RUNS)
+def test_resets_equal_sequential(runs: list[int]) -> None:
+    """Values and gradients with a new state at each start; the second row has others."""
+    inputs = ssd_inputs(13)
+    sequence = torch.stack(
+        [torch.repeat_interleave(torch.tensor(lens)) + 2 for lens in (runs, runs[::-1])]
+    )
+    got = ssd_chunked(*inputs, chunk_size=4, sequence=sequence)
+    want = ssd_sequential(*inputs, sequence)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(want)
+    for one, other in zip(
+        torch.autograd.grad(got, inputs, upstream),
+        torch.autograd.grad(want, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_sequential_resets() -> None:
+    """Two sequences in one row are what each is alone."""
+    x, dt, A, B, C, D = ssd_inputs(7)
+    first, second = (
+        ssd_sequential(x[:, part], dt[:, part], A, B[:, part], C[:, part], D)
+        for part in (slice(3), slice(3, 7))
+    )
+    sequence = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(2, 7)
+    together = ssd_sequential(x, dt, A, B, C, D, sequence)
+    assert torch.equal(together, torch.cat([first, second], dim=1))
+
+
 def test_sequential_equals_hand_sums() -> None:
     """Three tokens, two state channels: y_3 written out as the sum over what reaches it."""
     x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
@@ -76,10 +112,14 @@ def test_sequential_equals_hand_sums() -> None:
     torch.testing.assert_close(y.flatten(), torch.tensor(hand, dtype=torch.float64))
 
 
-def test_gradcheck() -> None:
-    """Numerical gradients over two chunks and a part of a third."""
+@pytest.mark.parametrize("sequence", [None, [[0, 1, 1, 1, 4]]])
+def test_gradcheck(sequence: list[list[int]] | None) -> None:
+    """Numerical gradients over two chunks and a part of a third, without and with resets."""
     inputs = ssd_inputs(5, batch=1, heads=2, head_dim=2, d_state=2)
-    assert torch.autograd.gradcheck(lambda *args: ssd_chunked(*args, chunk_size=2), inputs)
+    runs = None if sequence is None else torch.tensor(sequence)
+    assert torch.autograd.gradcheck(
+        lambda *args: ssd_chunked(*args, chunk_size=2, sequence=runs), inputs
+    )
 
 
 def test_strong_decay_stays_finite() -> None:
@@ -204,5 +244,7 @@ def test_bad_inputs() -> None:
         ssd_chunked(x, dt[:, :2], A, B, C, D)
     with pytest.raises(ValueError, match="C must have shape"):
         ssd_chunked(x, dt, A, B, C[..., :-1], D)
+    with pytest.raises(ValueError, match=r"sequence must have shape \(2, 3\), got \(3,\)"):
+        ssd_chunked(x, dt, A, B, C, D, sequence=torch.zeros(3))
     with pytest.raises(ValueError, match="chunk_size must be"):
         ssd_chunked(x, dt, A, B, C, D, 0)

@@ -35,3 +35,10 @@ def test_bad_arguments(arguments: dict[str, int]) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="x must have shape"):
         SwiGLU(8)(torch.randn(2, 3, 7))
+
+
+def test_position_wise() -> None:
+    """Padded, packed and single steps are the same rows."""
+    mlp, x = SwiGLU(8).double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(mlp(x.flatten(0, 1)), mlp(x).flatten(0, 1))
+    torch.testing.assert_close(mlp(x[:, 0]), mlp(x)[:, 0])

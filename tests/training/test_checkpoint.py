@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from h_net_dynamic_chunking.files import write_atomically
 from h_net_dynamic_chunking.training.checkpoint import Checkpoint
-from h_net_dynamic_chunking.training.files import write_atomically
 
 CONFIG = {"seq_len": 128, "dims": [1, 2, 3]}
 CHECKPOINT = Checkpoint(
@@ -58,6 +58,17 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
     CHECKPOINT.save(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match="is truncated, or not a checkpoint at all"):
+        Checkpoint.load(path, CONFIG)
+
+
+def test_a_file_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    CHECKPOINT.save(path)
+    content = bytearray(path.read_bytes())
+    at = content.index(torch.arange(6.0).numpy().tobytes())
+    content[at + 3] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
         Checkpoint.load(path, CONFIG)
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from h_net_dynamic_chunking.scaling import lr_multipliers
 from h_net_dynamic_chunking.training.config import Config
 from h_net_dynamic_chunking.training.evaluation import evaluate, gzip_bpb
 from h_net_dynamic_chunking.training.mixers import heads_for
 from h_net_dynamic_chunking.training.model import ByteHNet, Prediction
-from h_net_dynamic_chunking.training.optimizer import build_optimizer, lr_multipliers
+from h_net_dynamic_chunking.training.optimizer import build_optimizer
 from h_net_dynamic_chunking.training.samples import LEGEND, marked, samples_text
 
 TEXT = torch.tensor(list("Ein naïver Text — mit Zeichen.".encode() * 4), dtype=torch.uint8)
@@ -136,7 +137,7 @@ def test_every_parameter_has_one_group_with_the_rate_of_its_stage(
     by_id = {id(parameter): group for group in groups for parameter in group["params"]}
 
     # Eq. (11) by hand: widths 32, 32, 64 and ratios 3, 2.
-    outer, middle, main = lr_multipliers(tiny_config)
+    outer, middle, main = lr_multipliers(tiny_config.dims, tiny_config.target_ratio)
     assert outer == pytest.approx(math.sqrt(4.6 * 2))
     assert middle == pytest.approx(math.sqrt(4.6 / 3 * 2))
     assert main == pytest.approx(math.sqrt(4.6 / 6))

@@ -165,3 +165,34 @@ def test_a_finished_run_says_so(
     assert "is complete" in capsys.readouterr().out
     assert train_module.main(("--resume", *out, "--steps", "2")) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+def test_a_longer_run_that_is_stopped_goes_on_to_its_new_end(
+    train_module: ModuleType, train_py: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    """The limit given with --resume is kept, so that the next --resume needs none."""
+    out = tmp_path / "run"
+    train_module.main(("--data", str(corpus_file), "--out", str(out), *TINY, "--steps", "1"))
+    process = start(train_py, tmp_path, "--resume", "--out", str(out), "--steps", "100000")
+    wait_for_rows(out / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    assert json.loads((out / "config.json").read_text())["steps"] == 100_000
+    # The other limit replaces it: a run by minutes is not complete because of its old steps.
+    process = start(train_py, tmp_path, "--resume", "--out", str(out), "--minutes", "60")
+    wait_for_rows(out / "metrics.jsonl", len(rows(out)) + 1)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 143)
+    assert json.loads((out / "config.json").read_text())["steps"] is None
+
+
+def test_a_diverging_run_is_named(
+    train_module: ModuleType,
+    corpus_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = ("--out", str(tmp_path / "run"))
+    flags = ("--data", str(corpus_file), *out, *TINY, "--learning-rate", "1e30")
+    assert train_module.main(flags) == 1
+    assert "try a lower --learning-rate" in capsys.readouterr().err
