@@ -2,8 +2,10 @@
 
 from h_net_dynamic_chunking._version import __version__
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
+from h_net_dynamic_chunking.config import HNetConfig
 from h_net_dynamic_chunking.h_net import HNet, HNetOutput
 from h_net_dynamic_chunking.intermediates import Intermediates
+from h_net_dynamic_chunking.lm import HNetLM, HNetLMOutput
 from h_net_dynamic_chunking.losses import (
     SegmentationStatistics,
     ratio_loss,
@@ -14,6 +16,9 @@ from h_net_dynamic_chunking.outputs import Outputs
 __all__ = [
     "DynamicSequenceChunker",
     "HNet",
+    "HNetConfig",
+    "HNetLM",
+    "HNetLMOutput",
     "HNetOutput",
     "Intermediates",
     "Outputs",

@@ -16,10 +16,12 @@ EXTRAS = (
     "mamba_ssm",
     "matplotlib",
     "numpy",
+    "rich",
     "safetensors",
     "tqdm",
     "transformers",
     "triton",
+    "typer",
     "x_transformers",
 )
 
@@ -28,12 +30,14 @@ def test_import_is_silent_and_brings_no_extra() -> None:
     """In a process of its own, with every warning an error."""
     program = (
         "import sys, torch; before = set(sys.modules); import h_net_dynamic_chunking; "
-        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+        "print('modules:', *{m.split('.')[0] for m in set(sys.modules) - before})"
     )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stderr == ""
+    assert result.stdout.startswith("modules:")
+    assert result.stdout.count("\n") == 1
     assert not set(result.stdout.split()) & set(EXTRAS)
 
 
@@ -41,6 +45,9 @@ def test_public_names() -> None:
     assert package.__all__ == [
         "DynamicSequenceChunker",
         "HNet",
+        "HNetConfig",
+        "HNetLM",
+        "HNetLMOutput",
         "HNetOutput",
         "Intermediates",
         "Outputs",

@@ -1,0 +1,406 @@
+"""HNetLM: the published byte-level language models, built from HNet and layers.
+
+    logits = lm_head(backbone(embeddings(ids)))
+
+`backbone` is an HNet of `Isotropic` stacks, as deep as the configuration says; widths meet by the
+shared pad vector and slice of section 2.1.2.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from h_net_dynamic_chunking import checkpoints
+from h_net_dynamic_chunking.config import PRESETS, HNetConfig
+from h_net_dynamic_chunking.files import whole
+from h_net_dynamic_chunking.flops import flops_per_byte
+from h_net_dynamic_chunking.h_net import HNet
+from h_net_dynamic_chunking.intermediates import Intermediates
+from h_net_dynamic_chunking.layers import Isotropic, parse_layout
+from h_net_dynamic_chunking.scaling import (
+    INIT_STD,
+    init_stacks,
+    lr_multipliers,
+    parameter_groups,
+)
+
+RATIO_LOSS_WEIGHT = 0.03  # alpha in every experiment of the paper
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What the chunker of one stage did."""
+
+    intermediates: Intermediates
+
+    @property
+    def probs(self) -> Tensor:
+        """float32: boundary probabilities, over the positions of this stage."""
+        return self.intermediates.probs
+
+    @property
+    def boundary_mask(self) -> Tensor:
+        """bool: boundaries, over the positions of this stage."""
+        return self.intermediates.boundary_mask
+
+    @property
+    def ratio_loss(self) -> Tensor:
+        """float32 scalar: the ratio loss before its weight."""
+        return self.intermediates.aux_ratio_loss
+
+    @property
+    def bytes_per_chunk(self) -> Tensor:
+        """float32 scalar: bytes in a chunk of this stage, on average."""
+        lens = self.intermediates.absolute_chunk_lens
+        lens = lens.values() if lens.is_nested else lens
+        return lens.sum() / self.intermediates.num_chunks.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class HNetLMOutput:
+    """What HNetLM returns."""
+
+    logits: Tensor
+    """(batch, length, vocab), or packed (total, vocab)."""
+    loss: Tensor | None
+    """float32 scalar, with labels: mean cross entropy in nats plus the weighted ratio losses."""
+    loss_sum: Tensor | None
+    """float32 scalar, with labels: the sum of the cross entropies, in nats."""
+    ratio_loss: Tensor
+    """float32 scalar: the ratio losses of all stages before their weight."""
+    stages: tuple[StageRecord, ...]
+    """One record a chunker, outermost first."""
+    cross_entropy: Tensor | None = None
+    """float32 scalar, with labels: the mean cross entropy alone, in nats."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpack as `logits, stages`, and with labels as `(cross_entropy, loss_sum), stages`."""
+        scored = (self.cross_entropy, self.loss_sum)
+        return iter((self.logits if self.loss is None else scored, self.stages))
+
+
+class HNetLM(nn.Module):
+    """A byte-level language model with the architecture of the published checkpoints.
+
+    Args:
+        config: its sizes.
+        ratio_loss_weight: alpha of the ratio loss.
+        smoothing_clamp: the smoothing clamps its probabilities to [c, 1 - c]; the official code
+            has 1e-4. None leaves them alone, as the paper does.
+
+    >>> model = HNetLM(HNetConfig.create_reasonable_config(D=[64, 128], arch=["m1", "T1"]))
+    >>> model(torch.randint(256, (2, 30))).logits.shape
+    torch.Size([2, 30, 256])
+    """
+
+    def __init__(
+        self,
+        config: HNetConfig,
+        *,
+        ratio_loss_weight: float = RATIO_LOSS_WEIGHT,
+        smoothing_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
+        options = {"ratio_loss_weight": ratio_loss_weight, "smoothing_clamp": smoothing_clamp}
+        self.backbone = _build(config, 0, options)
+        self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embeddings.weight
+        self.init_weights()
+
+    @property
+    def stacks(self) -> list[list[Isotropic]]:
+        """The layer stacks of each level: encoder and decoder, ..., the main network."""
+        levels: list[list[Isotropic]] = []
+        level: nn.Module = self.backbone
+        while isinstance(level, HNet):
+            levels.append([level.encoder, level.decoder])  # type: ignore[list-item]  # _build
+            level = level.network
+        return [*levels, [level]]  # type: ignore[list-item]  # the innermost is a stack
+
+    @torch.no_grad()
+    def init_weights(self, std: float = INIT_STD) -> None:
+        """Initialise as the official code does; chunkers keep the start that they chose.
+
+        Linear layers are N(0, std); those that write to the residual stream shrink by the root of
+        the additions that the stream has met on the way in.
+        """
+        nn.init.normal_(self.embeddings.weight)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=std)
+        init_stacks(self.stacks, std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        boundary_masks: Any = (),
+    ) -> HNetLMOutput:
+        """Predict the byte after each.
+
+        Args:
+            input_ids: int (batch, length); or packed (total,) with `cu_seqlens`; or jagged.
+            labels: int, like input_ids: the byte after each, -100 where there is none to predict.
+            mask: bool (batch, length), True at real positions, which stand on the left.
+            lens: int (batch,): the same, as lengths.
+            cu_seqlens: int (batch + 1,): cumulative lengths of packed ids.
+            boundary_masks: as in `HNet`.
+
+        Raises:
+            ValueError: shapes, lengths or ids that cannot be.
+        """
+        if mask is not None and lens is not None:
+            raise ValueError("mask and lens exclude each other: pass one")
+        if mask is not None:
+            lens = _lens_of(mask)
+        self._check_ids("input_ids", input_ids)
+        x = self.embeddings(input_ids)
+        if isinstance(self.backbone, HNet):
+            result = self.backbone(x, lens, cu_seqlens=cu_seqlens, boundary_masks=boundary_masks)
+            hidden, weighted, records = result.output, result.loss, result.intermediates
+        else:
+            hidden, weighted, records = self.backbone(x), x.new_zeros((), dtype=torch.float32), ()
+        logits = self.lm_head(hidden)
+        stages = tuple(StageRecord(record) for record in records)
+        ratio_loss = torch.stack([s.ratio_loss for s in stages]).sum() if stages else weighted
+        if labels is None:
+            return HNetLMOutput(logits, None, None, ratio_loss, stages)
+        loss_sum, count = self._cross_entropy(logits, labels)
+        mean = loss_sum / count
+        return HNetLMOutput(logits, mean + weighted, loss_sum, ratio_loss, stages, mean)
+
+    @classmethod
+    def from_official(
+        cls,
+        config_json: str | Path,
+        weights: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> "HNetLM":
+        """A model with the weights of an official checkpoint.
+
+        Args:
+            config_json: the official configuration file.
+            weights: the official .pt file; nothing in it is executed.
+            device: where the model goes.
+            dtype: of all weights; None keeps each as it is stored.
+            **options: of the constructor.
+
+        Raises:
+            ValueError: either file cannot be read, or a key is missing, extra or of another shape.
+        """
+        config = HNetConfig.from_json(config_json)
+        return cls._with_official_weights(config, Path(weights), device, dtype, options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> "HNetLM":
+        """A model that `save_pretrained` wrote, or one of the Hugging Face hub.
+
+        Args:
+            name_or_path: a directory, or a name on the hub such as "cartesia-ai/hnet_1stage_L".
+                An official checkpoint NAME.pt without a configuration takes the preset NAME.
+            device: where the model goes.
+            dtype: of all weights; None keeps each as it is stored.
+            **options: of the constructor.
+
+        Raises:
+            ValueError: there is no model there, or it does not fit its configuration.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            folder = checkpoints.fetch_from_hub(str(name_or_path))
+        name = Path(name_or_path).name
+        if (folder / "config.json").is_file():
+            config = HNetConfig.from_json(folder / "config.json")
+            state = checkpoints.read_safetensors(folder / "model.safetensors")
+            return cls._with_state(config, state, str(folder), device, dtype, options)
+        if name in PRESETS and (folder / f"{name}.pt").is_file():
+            weights = folder / f"{name}.pt"
+            return cls._with_official_weights(PRESETS[name], weights, device, dtype, options)
+        raise ValueError(f"name_or_path: {folder} holds no config.json")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors, which `from_pretrained` reads."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_safetensors(self.state_dict(), folder / "model.safetensors")
+        with whole(folder / "config.json") as part:
+            self.config.to_json(part)
+
+    def save_official(self, config_json: str | Path, weights: str | Path) -> None:
+        """Write the configuration and the state dict as the official code reads them."""
+        official = checkpoints.to_official(self.state_dict(), self.config.stages)
+        with whole(Path(weights)) as part:
+            # A half of a router would otherwise be stored with the whole.
+            torch.save(checkpoints.on_own_memory(official), part)
+        with whole(Path(config_json)) as part:
+            self.config.to_json(part, official=True)
+
+    @classmethod
+    def _with_official_weights(
+        cls,
+        config: HNetConfig,
+        weights: Path,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        options: dict[str, Any],
+    ) -> "HNetLM":
+        official = checkpoints.read_weights(weights)
+        expected = checkpoints.to_official(
+            cls._on_meta(config, options).state_dict(), config.stages
+        )
+        # Under the official names, which are the ones that the file's owner knows.
+        checkpoints.check_matches(official, expected, str(weights))
+        state = checkpoints.from_official(official, config.stages)
+        return cls._with_state(config, state, str(weights), device, dtype, options)
+
+    @classmethod
+    def _with_state(
+        cls,
+        config: HNetConfig,
+        state: dict[str, Tensor],
+        where: str,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        options: dict[str, Any],
+    ) -> "HNetLM":
+        """A model that owns the tensors of `state`: nothing is allocated beside them."""
+        model = cls._on_meta(config, options)
+        checkpoints.check_matches(state, model.state_dict(), where)
+        model.load_state_dict(
+            {key: value.to(device, dtype) for key, value in state.items()}, assign=True
+        )
+        if config.tie_embeddings:
+            model.lm_head.weight = model.embeddings.weight
+        return model
+
+    @classmethod
+    def _on_meta(cls, config: HNetConfig, options: dict[str, Any]) -> "HNetLM":
+        with torch.device("meta"):
+            return cls(config, **options)
+
+    def flops_per_byte(
+        self, seq_len: int = 8192, positions_per_chunk: Sequence[float] | None = None
+    ) -> float:
+        """Forward FLOPs for each byte; see `flops.flops_per_byte`."""
+        return flops_per_byte(self.config, seq_len, positions_per_chunk)
+
+    def num_parameters(self) -> int:
+        """How many numbers are learned; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def lr_multipliers(self) -> list[float]:
+        """Factors on the learning rate of each level, main network last; eq. (11)."""
+        return lr_multipliers(self.config.d_model, self.config.target_ratio)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer; see `scaling.parameter_groups`."""
+        return parameter_groups(self.parameters_by_level(), self.lr_multipliers(), weight_decay)
+
+    def parameters_by_level(self) -> list[list[nn.Parameter]]:
+        """The parameters of each level; the vector that widens the way in belongs inside."""
+        levels: list[list[nn.Parameter]] = [list(self.embeddings.parameters())]
+        if not self.config.tie_embeddings:
+            levels[0] += self.lm_head.parameters()
+        level: nn.Module = self.backbone
+        while isinstance(level, HNet):
+            for part in (level.encoder, level.chunker, level.decoder):
+                levels[-1] += part.parameters()
+            levels.append(list(level.width_in.parameters()))
+            level = level.network
+        levels[-1] += level.parameters()
+        return levels
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        flat = ids.values() if ids.is_nested else ids
+        if flat.is_floating_point() or flat.dtype == torch.bool:
+            raise ValueError(f"{name} must be integers, got {flat.dtype}")
+        # Reading the values would stop a GPU, where the embedding itself refuses them.
+        if not flat.is_cuda and flat.numel():
+            low, high = int(flat.min()), int(flat.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"{name} must be in 0 .. {self.config.vocab_size - 1}, got {low} .. {high}"
+                )
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed cross entropy in float32, and how many labels there were (at least 1)."""
+        logits, labels = (t.values() if t.is_nested else t for t in (logits, labels))
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"labels must have the shape of input_ids, {tuple(logits.shape[:-1])}, "
+                f"got {tuple(labels.shape)}"
+            )
+        flat = labels.flatten().long()
+        loss = F.cross_entropy(
+            logits.flatten(0, -2).float(), flat, ignore_index=IGNORED, reduction="sum"
+        )
+        return loss, (flat != IGNORED).sum().clamp(min=1)
+
+
+def _build(config: HNetConfig, level: int, options: dict[str, Any]) -> HNet | Isotropic:
+    """The stage at `level` and all inside it."""
+    stacks = [_stack(config, level, layout) for layout in config.levels()[level]]
+    if level == config.stages:
+        return stacks[0]
+    encoder, decoder = stacks
+    return HNet(
+        encoder,
+        _build(config, level + 1, options),
+        decoder,
+        dim=config.d_model[level],
+        dim_inner=config.d_model[level + 1],
+        width_change="pad",
+        target_avg_token_length=config.target_ratio[level],
+        **options,
+    )
+
+
+def _stack(config: HNetConfig, level: int, layout: str) -> Isotropic:
+    attention, ssm = config.attn_cfg, config.ssm_cfg
+    letters = {letter.lower() for letter, _ in parse_layout(layout)}
+    return Isotropic(
+        layout,
+        config.d_model[level],
+        ssm={"d_state": ssm.d_state, "d_conv": ssm.d_conv, "expand": ssm.expand}
+        if "m" in letters
+        else None,
+        attention={
+            "num_heads": attention.num_heads[level],
+            "rotary_dim": attention.rotary_emb_dim[level],
+            "window_size": attention.window_size[level],
+        }
+        if "t" in letters
+        else None,
+        d_intermediate=config.d_intermediate[level] or None,
+    )
+
+
+def _lens_of(mask: Tensor) -> Tensor:
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool (batch, length), got {mask.dtype} {tuple(mask.shape)}")
+    lens = mask.sum(1)
+    if not mask.is_cuda:
+        expected = torch.arange(mask.shape[1]) < lens[:, None]
+        if not torch.equal(mask, expected):
+            raise ValueError("mask must be True on the left of each row and False behind")
+    return lens

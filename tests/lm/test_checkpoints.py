@@ -1,0 +1,148 @@
+"""Checkpoints in and out: exact both ways, faults named, nothing executed, nothing lost."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from h_net_dynamic_chunking import HNetConfig, HNetLM
+from h_net_dynamic_chunking.checkpoints import from_official, read_weights, to_official
+
+CONFIG = HNetConfig.create_reasonable_config(D=[32, 32, 64], arch=["m1", "T1m1", "T1"])
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> tuple[HNetLM, Path, Path]:
+    """A model and its two official files."""
+    torch.manual_seed(0)
+    model = HNetLM(CONFIG).bfloat16()
+    model.backbone.chunker.residual_proj.float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_official(tmp_path / "model.json", tmp_path / "model.pt")
+    return model, tmp_path / "model.json", tmp_path / "model.pt"
+
+
+def same_state(a: HNetLM, b: HNetLM) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in ours
+    )
+
+
+def test_official_round_trip(official: tuple[HNetLM, Path, Path]) -> None:
+    model, config, weights = official
+    assert same_state(HNetLM.from_official(config, weights), model)
+    keys = read_weights(weights)
+    assert "backbone.main_network.main_network.main_network.layers.0.mixer.Wqkv.weight" in keys
+    assert "backbone.main_network.routing_module.q_proj_layer.weight" in keys
+    assert "backbone.main_network.main_network.pad_dimension" in keys
+    assert "backbone.main_network.pad_dimension" not in keys  # those widths are equal
+
+
+def test_queries_and_keys_change_names() -> None:
+    """The official q_proj acts on the position before: it makes our keys, the second half."""
+    state = HNetLM(CONFIG).state_dict()
+    state["backbone.chunker.to_queries_keys.weight"] = torch.arange(64.0)[:, None].expand(64, 32)
+    official = to_official(state, CONFIG.stages)
+    assert official["backbone.routing_module.q_proj_layer.weight"][0, 0] == 32
+    back = from_official(official, CONFIG.stages)
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_save_pretrained_round_trip(official: tuple[HNetLM, Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = official[0]
+    model.save_pretrained(tmp_path / "saved")
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert same_state(HNetLM.from_pretrained(tmp_path / "saved"), model)
+    wide = HNetLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    config = HNetConfig(["T1"], (32,), (64,), attn_cfg=CONFIG.attn_cfg.__class__((2,), (8,), (-1,)))
+    tied = HNetLM(HNetConfig.from_dict({**config.to_dict(), "tie_embeddings": True}))
+    tied.save_pretrained(tmp_path)
+    loaded = HNetLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.embeddings.weight
+    assert loaded.num_parameters() == tied.num_parameters()
+
+
+def test_an_official_folder_needs_no_configuration(tmp_path: Path) -> None:
+    """What the hub holds for a published model: NAME/NAME.pt, and the preset knows the rest."""
+    folder = tmp_path / "hnet_1stage_S"
+    folder.mkdir()
+    model = HNetLM(HNetConfig.preset("hnet_1stage_S"))
+    model.save_official(tmp_path / "x.json", folder / "hnet_1stage_S.pt")
+    assert same_state(HNetLM.from_pretrained(folder), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lm_head.weight", None, "lm_head.weight is missing"),
+        ("backbone.encoder.extra", torch.zeros(1), "backbone.encoder.extra is not of this model"),
+        ("lm_head.weight", torch.zeros(300, 32), "lm_head.weight has shape .300, 32., wanted"),
+        ("backbone.routing_module.q_proj_layer.weight", None, "q_proj_layer.weight is missing"),
+    ],
+)
+def test_faulty_keys_are_named(
+    official: tuple[HNetLM, Path, Path], key: str, value: torch.Tensor | None, message: str
+) -> None:
+    _, config, weights = official
+    state = dict(torch.load(weights, weights_only=True))
+    state.pop(key, None)
+    if value is not None:
+        state[key] = value
+    torch.save(state, weights)
+    with pytest.raises(ValueError, match=message):
+        HNetLM.from_official(config, weights)
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def test_a_pickle_that_runs_code_is_refused(
+    official: tuple[HNetLM, Path, Path], tmp_path: Path
+) -> None:
+    _, config, weights = official
+    trace = tmp_path / "trace"
+    torch.save({"lm_head.weight": Malicious(str(trace))}, weights)
+    with pytest.raises(ValueError, match="cannot be read safely"):
+        HNetLM.from_official(config, weights)
+    weights.write_bytes(pickle.dumps(Malicious(str(trace))))
+    with pytest.raises(ValueError, match="not a torch checkpoint"):
+        HNetLM.from_official(config, weights)
+    assert not trace.exists()
+
+
+def test_truncated_and_missing_files(official: tuple[HNetLM, Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model, config, weights = official
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="is truncated"):
+        HNetLM.from_official(config, weights)
+    with pytest.raises(ValueError, match="there is no file"):
+        HNetLM.from_official(config, tmp_path / "nowhere.pt")
+    model.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is truncated, or not safetensors"):
+        HNetLM.from_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        HNetLM.from_pretrained(tmp_path / "saved")

@@ -1,0 +1,194 @@
+"""HNetLM: layouts agree, causality, losses, parameter groups, refusals, and the peers' examples."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking import HNetConfig, HNetLM
+from h_net_dynamic_chunking.h_net import HNet
+from tests.support import assert_close, cumulative, generator
+
+LENS = [1, 40, 2, 0, 70]
+
+
+def make(*arch: str, widths: tuple[int, ...] = (32, 32, 64, 64), seed: int = 0) -> HNetLM:
+    """A float64 model, its windows shorter than the sequences, whose routers cut at random."""
+    torch.manual_seed(seed)
+    content = HNetConfig.create_reasonable_config(D=widths[: len(arch)], arch=arch).to_dict()
+    content["attn_cfg"]["window_size"] = [7] * (len(arch) - 1) + [-1]
+    content["ssm_cfg"] = {"d_state": 8}
+    model = HNetLM(HNetConfig.from_dict(content)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(256, shape, generator=generator(3))
+
+
+ARCHITECTURES = [("T2",), ("m1", "T1"), ("m1", "T1m1", "M1"), ("T1", "m1", "t1m1", "T1")]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES[1:])
+def test_padded_packed_jagged_and_alone_agree(arch: tuple[str, ...]) -> None:
+    """Logits, losses and all gradients; windows and chunk edges are crossed."""
+    model, ids, cu_seqlens = make(*arch), random_ids(sum(LENS)), cumulative(LENS)
+    labels = random_ids(sum(LENS))
+    real = torch.arange(max(LENS)) < torch.tensor(LENS)[:, None]
+    padded, padded_labels = torch.zeros_like(real, dtype=torch.int64), torch.full(real.shape, -100)
+    padded[real], padded_labels[real] = ids, labels
+
+    def gradients(loss: Tensor | None) -> list[Tensor]:
+        assert loss is not None
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    packed = model(ids, labels, cu_seqlens=cu_seqlens)
+    want = gradients(packed.loss)
+    jagged = [
+        torch.nested.nested_tensor_from_jagged(values, cu_seqlens) for values in (ids, labels)
+    ]
+    results = {
+        "lens": model(padded, padded_labels, lens=torch.tensor(LENS)),
+        "mask": model(padded, padded_labels, mask=real),
+        "jagged": model(*jagged),
+    }
+    for name, result in results.items():
+        logits = result.logits.values() if name == "jagged" else result.logits[real]
+        assert_close(name, logits, packed.logits)
+        for g, w in zip(gradients(result.loss), want, strict=True):
+            assert_close(f"{name} gradient", g, w)
+    alone = [model(row[None]).logits[0] for row in ids.split(LENS) if len(row)]
+    assert_close("alone", torch.cat(alone), packed.logits)
+
+
+def test_long_sequences_beside_short_ones() -> None:
+    lens = [8193, 1, 2]
+    model, ids = make("m1", "T1").float(), random_ids(sum(lens))
+    with torch.no_grad():
+        packed = model(ids, cu_seqlens=cumulative(lens)).logits
+        alone = [model(row[None]).logits[0] for row in ids.split(lens)]
+    assert_close("logits", packed, torch.cat(alone), 1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_causal_by_perturbation(arch: tuple[str, ...]) -> None:
+    model, ids = make(*arch), random_ids(1, 60)
+    with torch.no_grad():
+        want = model(ids).logits
+        for t in (1, 30, 59):
+            changed = ids.clone()
+            changed[0, t] = (changed[0, t] + 7) % 256
+            assert_close("logits", model(changed).logits[:, :t], want[:, :t], 1e-10)
+
+
+def test_losses() -> None:
+    model, ids = make("m1", "m1", "T1"), random_ids(2, 30)
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    out = model(ids, labels)
+    log_probs = out.logits[:, :-1].log_softmax(-1)
+    nats = -log_probs.gather(-1, labels[:, :-1, None])
+    assert_close("sum", out.loss_sum, nats.sum(), 1e-5)
+    assert_close("mean", out.cross_entropy, nats.mean(), 1e-5)
+    assert_close("loss", out.loss, nats.mean() + 0.03 * out.ratio_loss, 1e-5)
+    assert_close("ratio", out.ratio_loss, torch.stack([s.ratio_loss for s in out.stages]).sum())
+    assert [float(s.bytes_per_chunk) for s in out.stages] == pytest.approx(
+        [
+            60 / float(out.stages[0].boundary_mask.sum()),
+            60 / float(out.stages[1].boundary_mask.sum()),
+        ]
+    )
+
+
+def test_initialisation_of_the_official_code() -> None:
+    torch.manual_seed(0)
+    model = HNetLM(
+        HNetConfig.create_reasonable_config(D=[256, 256, 512], arch=["m1", "T1m1", "T2"])
+    )
+    assert isinstance(model.backbone, HNet)
+    inner = model.backbone.network
+    assert isinstance(inner, HNet)
+    # Additions met on the way in: 2, then 2 * 3 more, then 4 more.
+    for weight, std in (
+        (model.embeddings.weight, 1.0),
+        (model.lm_head.weight, 0.02),
+        (model.backbone.encoder.layers[0].mixer.in_proj.weight, 0.02),
+        (model.backbone.encoder.layers[0].mixer.out_proj.weight, 0.02 / 2**0.5),
+        (inner.decoder.layers[0].mixer.out_proj.weight, 0.02 / 8**0.5),
+        (inner.network.layers[1].mlp.fc2.weight, 0.02 / 12**0.5),
+        (inner.network.layers[1].mlp.fc1.weight, 0.02),
+    ):
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.05)
+    assert not model.backbone.chunker.residual_proj.weight.any()
+    assert not inner.width_in.vector.any()
+    assert torch.equal(inner.chunker.to_queries_keys.weight[:256], torch.eye(256))
+
+
+def test_parameter_groups() -> None:
+    """Every parameter once, at the rate of its level; what has one dimension does not decay."""
+    with torch.device("meta"):
+        model = HNetLM(HNetConfig.preset("hnet_2stage_XL"))
+    target = model.config.target_ratio
+    assert target == (3.0, 3.0)
+    assert model.lr_multipliers() == pytest.approx([3.033, 1.430, 0.715], abs=1e-3)
+    groups = model.parameter_groups(weight_decay=0.1)
+    members = [p for group in groups for p in group["params"]]
+    assert len(members) == len({id(p) for p in members}) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decaying = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    for name, _ in model.named_parameters():
+        undecayed = name.endswith((".bias", "A_log", ".D", "dt_bias", "width_in.vector"))
+        assert (name in decaying) != (undecayed or "norm" in name.rsplit(".", 2)[-2]), name
+    rates = {names[id(p)]: g["lr_multiplier"] for g in groups for p in g["params"]}
+    assert rates["lm_head.weight"] == rates["backbone.chunker.to_queries_keys.weight"]
+    assert rates["backbone.width_in.vector"] == rates["backbone.network.encoder.rmsnorm.weight"]
+    assert rates["backbone.network.width_in.vector"] == model.lr_multipliers()[2]
+    torch.optim.AdamW(groups, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 4)}, "input_ids must be integers"),
+        ({"input_ids": torch.full((1, 4), 256)}, r"input_ids must be in 0 \.\. 255, got 256"),
+        ({"input_ids": torch.full((1, 4), -1)}, "input_ids must be in"),
+        ({"labels": torch.zeros(1, 3, dtype=torch.int64)}, "labels must have the shape"),
+        ({"mask": torch.ones(1, 4).bool(), "lens": torch.tensor([4])}, "exclude each other"),
+        ({"mask": torch.tensor([[False, True, True, True]])}, "mask must be True on the left"),
+        ({"mask": torch.ones(1, 4)}, "mask must be bool"),
+        ({"lens": torch.tensor([5])}, "lens must be in"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, "tokens must have shape"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    model = make("m1", "T1")
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": torch.zeros(1, 4, dtype=torch.int64), **arguments})
+
+
+def rand_njt_iids(docs: int, slen: range) -> Tensor:
+    """Random documents as a jagged tensor, as the example of hnet-impl has them."""
+    lens = torch.randint(slen.start, slen.stop, (docs,), generator=generator(0)).tolist()
+    return torch.nested.nested_tensor_from_jagged(random_ids(sum(lens)), cumulative(lens))
+
+
+def test_the_example_of_hnet_impl() -> None:
+    """Its README with the import changed, without a GPU and with smaller sizes."""
+    c = HNetConfig.create_reasonable_config(D=[64, 128], arch=["m4", "T9"])
+    m = HNetLM(c).bfloat16()
+
+    # inference
+    iids = rand_njt_iids(docs=4, slen=range(16, 64))
+    logits, _ = m(iids)
+
+    # training
+    lbls = iids.long()
+    (celoss, _), _extra = m(iids, lbls)
+
+    assert logits.is_nested
+    assert celoss.isfinite()
+    celoss.backward()
