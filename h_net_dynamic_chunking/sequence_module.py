@@ -105,4 +105,4 @@ def _padded_lengths(layout: Layout, accepted: frozenset[str]) -> dict[str, Tenso
         "src_key_padding_mask": ~layout.mask,
         "key_padding_mask": ~layout.mask,
     }
-    return {name: offers[name] for name in offers.keys() & accepted}
+    return {name: offer for name, offer in offers.items() if name in accepted}

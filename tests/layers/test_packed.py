@@ -128,7 +128,8 @@ def test_varlen_attention(monkeypatch: pytest.MonkeyPatch, has_window: bool) -> 
 def test_packed_on_a_gpu(kind: str) -> None:
     """In bfloat16, with a NaN tail: at most twice the error of the padded form, against float64."""
     lens, x = [21, 0, 1, 30], randn(52, D_MODEL).detach().bfloat16()
-    poisoned = torch.cat([x, torch.full((6, D_MODEL), torch.nan)]).cuda().requires_grad_()
+    tail = torch.full((6, D_MODEL), torch.nan, dtype=x.dtype)
+    poisoned = torch.cat([x, tail]).cuda().requires_grad_()
     module = MODULES[kind]().bfloat16().cuda()
     out = module(poisoned, cumulative(lens, "cuda"))
     leaf = x.cuda().requires_grad_()
