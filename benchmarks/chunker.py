@@ -1,7 +1,6 @@
 """The chunker beside the one that is published under this package's name, on a CPU, in one run.
 
     python benchmarks/chunker.py           # 0.5.19 from the index, in an environment of its own
-    python benchmarks/chunker.py --busy    # beside another torch job on all cores
 
 The case is the published README's own example: a (3, 1024, 512) float32 tensor that requires a
 gradient, through the chunker and straight back up. Both packages are called by the same name, so
@@ -10,7 +9,6 @@ both. "Products alone" is the floor that both share, the matrix products of the 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -18,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +27,6 @@ PUBLISHED = "h-net-dynamic-chunking==0.5.19"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="alternations between the two")
-    parser.add_argument("--busy", action="store_true", help="run another torch job meanwhile")
     parser.add_argument(
         "--published",
         type=Path,
@@ -39,8 +35,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    with busy_cores() if arguments.busy else contextlib.nullcontext():
-        report(alternate(arguments.rounds, environment(arguments.published)))
+    report(alternate(arguments.rounds, environment(arguments.published)))
 
 
 def alternate(rounds: int, published: Path) -> dict[str, list[dict[str, float]]]:
@@ -52,17 +47,6 @@ def alternate(rounds: int, published: Path) -> dict[str, list[dict[str, float]]]
             runs[name].append(measure(interpreter, ours=name == "ours"))
         print(f"round {round_number + 1} of {rounds}", file=sys.stderr)
     return runs
-
-
-@contextlib.contextmanager
-def busy_cores() -> Iterator[None]:
-    """Another torch job on all cores, as a second training run on the machine would be."""
-    program = "import torch; x = torch.randn(512, 512)\nwhile True: (x @ x).relu_().add_(x)"
-    job = subprocess.Popen([sys.executable, "-c", program])
-    try:
-        yield
-    finally:
-        job.kill()
 
 
 def environment(folder: Path) -> Path:
