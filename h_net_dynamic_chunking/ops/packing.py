@@ -14,7 +14,8 @@ from torch import Tensor
 # Below 32768 elements the elementwise kernels of torch stay on one thread. Two threads gain little
 # here and lose much as soon as anything else runs on the machine, because they wait for each other:
 # forward and backward of a (3, 1024, 512) chunker, beside another training job on two cores, took
-# 1950 ms before the tiles and 340 ms with them (benchmarks/RESULTS.md). From 8 threads on the tiles are large enough to be shared.
+# 1950 ms before the tiles and 340 ms with them (benchmarks/RESULTS.md). From 8 threads on the tiles
+# are large enough to be shared.
 _TILE_ELEMENTS = 32767
 
 

@@ -1,7 +1,9 @@
 """Checkpoints in and out: exact both ways, faults named, nothing executed, nothing lost."""
 
 import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,19 @@ def test_an_official_folder_needs_no_configuration(tmp_path: Path) -> None:
     model = HNetLM(HNetConfig.preset("hnet_1stage_S"))
     model.save_official(tmp_path / "x.json", folder / "hnet_1stage_S.pt")
     assert same_state(HNetLM.from_pretrained(folder), model)
+
+
+def test_the_hub_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> str:
+        raise OSError("Name or service not known\nand much more")
+
+    hub = SimpleNamespace(snapshot_download=no_network)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(ValueError, match="is no directory, and the hub did not give it either"):
+        HNetLM.from_pretrained("cartesia-ai/hnet_1stage_L")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"pip install 'h-net-dynamic-chunking\[hub\]'"):
+        HNetLM.from_pretrained("cartesia-ai/hnet_1stage_L")
 
 
 @pytest.mark.parametrize(
