@@ -311,8 +311,12 @@ def load_official(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> HNetLM:
-    """An official checkpoint, by default with the configuration beside it."""
-    config = weights.with_suffix(".json") if config is None else config
+    """An official checkpoint, with the configuration beside it or that of the preset's name."""
+    beside = weights.with_suffix(".json")
+    if config is None and not beside.is_file() and weights.stem in PRESETS:
+        preset = PRESETS[weights.stem]
+        return HNetLM.from_official(preset, weights, device=device, dtype=dtype)
+    config = beside if config is None else config
     if not config.is_file():
         raise ValueError(f"{weights} needs a configuration: {config} is not there")
     return HNetLM.from_official(config, weights, device=device, dtype=dtype)

@@ -117,7 +117,8 @@ class HNetConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
-        return PRESETS[name]
+        # A copy, because the lists in it could be changed.
+        return cls.from_dict(PRESETS[name].to_dict())
 
     @classmethod
     def create_reasonable_config(cls, D: Sequence[int], arch: Sequence[str]) -> "HNetConfig":
@@ -158,6 +159,8 @@ class HNetConfig:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(content, dict):

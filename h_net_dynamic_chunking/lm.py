@@ -22,12 +22,14 @@ from h_net_dynamic_chunking.flops import flops_per_byte
 from h_net_dynamic_chunking.h_net import HNet
 from h_net_dynamic_chunking.intermediates import Intermediates
 from h_net_dynamic_chunking.layers import Isotropic, parse_layout
+from h_net_dynamic_chunking.layout import Layout, layout_of, same_rows
 from h_net_dynamic_chunking.scaling import (
     INIT_STD,
     init_stacks,
     lr_multipliers,
     parameter_groups,
 )
+from h_net_dynamic_chunking.sequence_module import call_module
 
 RATIO_LOSS_WEIGHT = 0.03  # alpha in every experiment of the paper
 IGNORED = -100
@@ -153,38 +155,44 @@ class HNetLM(nn.Module):
         Args:
             input_ids: int (batch, length); or packed (total,) with `cu_seqlens`; or jagged.
             labels: int, like input_ids: the byte after each, -100 where there is none to predict.
+                What stands behind the real positions of a row does not count.
             mask: bool (batch, length), True at real positions, which stand on the left.
             lens: int (batch,): the same, as lengths.
             cu_seqlens: int (batch + 1,): cumulative lengths of packed ids.
             boundary_masks: as in `HNet`.
 
         Raises:
-            ValueError: shapes, lengths or ids that cannot be.
+            ValueError: shapes, lengths or ids that cannot be. On a GPU, where reading ids would
+                stop the host, ids out of range end in an error of the device.
         """
         if mask is not None and lens is not None:
             raise ValueError("mask and lens exclude each other: pass one")
         if mask is not None:
-            lens = _lens_of(mask)
-        self._check_ids("input_ids", input_ids)
-        x = self.embeddings(input_ids)
+            lens = _lens_of(mask, input_ids)
+        _check_ids("input_ids", input_ids, self.config.vocab_size)
+        x = self.embeddings(input_ids.long())
+        layout = layout_of(x, lens, cu_seqlens)
         if isinstance(self.backbone, HNet):
             result = self.backbone(x, lens, cu_seqlens=cu_seqlens, boundary_masks=boundary_masks)
             hidden, weighted, records = result.output, result.loss, result.intermediates
         else:
-            hidden, weighted, records = self.backbone(x), x.new_zeros((), dtype=torch.float32), ()
+            if len(boundary_masks):
+                raise ValueError("boundary_masks must be empty: this model has no chunker")
+            hidden = _run_stack(self.backbone, x, layout)
+            weighted, records = x.new_zeros((), dtype=torch.float32), ()
         logits = self.lm_head(hidden)
         stages = tuple(StageRecord(record) for record in records)
         ratio_loss = torch.stack([s.ratio_loss for s in stages]).sum() if stages else weighted
         if labels is None:
             return HNetLMOutput(logits, None, None, ratio_loss, stages)
-        loss_sum, count = self._cross_entropy(logits, labels)
+        loss_sum, count = self._cross_entropy(logits, labels, layout)
         mean = loss_sum / count
         return HNetLMOutput(logits, mean + weighted, loss_sum, ratio_loss, stages, mean)
 
     @classmethod
     def from_official(
         cls,
-        config_json: str | Path,
+        config_json: HNetConfig | str | Path,
         weights: str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -193,7 +201,7 @@ class HNetLM(nn.Module):
         """A model with the weights of an official checkpoint.
 
         Args:
-            config_json: the official configuration file.
+            config_json: the official configuration file, or what it says.
             weights: the official .pt file; nothing in it is executed.
             device: where the model goes.
             dtype: of all weights; None keeps each as it is stored.
@@ -202,7 +210,10 @@ class HNetLM(nn.Module):
         Raises:
             ValueError: either file cannot be read, or a key is missing, extra or of another shape.
         """
-        config = HNetConfig.from_json(config_json)
+        if isinstance(config_json, HNetConfig):
+            config = config_json
+        else:
+            config = HNetConfig.from_json(config_json)
         return cls._with_official_weights(config, Path(weights), device, dtype, options)
 
     @classmethod
@@ -239,7 +250,10 @@ class HNetLM(nn.Module):
         raise ValueError(f"name_or_path: {folder} holds no config.json")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, which `from_pretrained` reads."""
+        """Write config.json and model.safetensors, which `from_pretrained` reads.
+
+        The options of the constructor are not part of the configuration: give them again there.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.write_safetensors(self.state_dict(), folder / "model.safetensors")
@@ -247,7 +261,10 @@ class HNetLM(nn.Module):
             self.config.to_json(part)
 
     def save_official(self, config_json: str | Path, weights: str | Path) -> None:
-        """Write the configuration and the state dict as the official code reads them."""
+        """Write the configuration and the state dict as the official code reads them.
+
+        Target ratios have no place in the official format and are left out.
+        """
         official = checkpoints.to_official(self.state_dict(), self.config.stages)
         with whole(Path(weights)) as part:
             # A half of a router would otherwise be stored with the whole.
@@ -330,31 +347,52 @@ class HNetLM(nn.Module):
         levels[-1] += level.parameters()
         return levels
 
-    def _check_ids(self, name: str, ids: Tensor) -> None:
-        flat = ids.values() if ids.is_nested else ids
-        if flat.is_floating_point() or flat.dtype == torch.bool:
-            raise ValueError(f"{name} must be integers, got {flat.dtype}")
-        # Reading the values would stop a GPU, where the embedding itself refuses them.
-        if not flat.is_cuda and flat.numel():
-            low, high = int(flat.min()), int(flat.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"{name} must be in 0 .. {self.config.vocab_size - 1}, got {low} .. {high}"
-                )
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(
+        self, logits: Tensor, labels: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
         """The summed cross entropy in float32, and how many labels there were (at least 1)."""
+        _check_ids("labels", labels, self.config.vocab_size, besides=IGNORED)
+        if logits.is_nested != labels.is_nested or (
+            labels.is_nested and not same_rows(labels, layout.cu_seqlens)
+        ):
+            raise ValueError("labels must have rows as long as those of input_ids")
         logits, labels = (t.values() if t.is_nested else t for t in (logits, labels))
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
                 f"labels must have the shape of input_ids, {tuple(logits.shape[:-1])}, "
                 f"got {tuple(labels.shape)}"
             )
-        flat = labels.flatten().long()
+        labels = labels.long()
+        if layout.inverse is not None:
+            labels = labels.where(layout.mask, IGNORED)
+        flat = labels.flatten()
         loss = F.cross_entropy(
             logits.flatten(0, -2).float(), flat, ignore_index=IGNORED, reduction="sum"
         )
         return loss, (flat != IGNORED).sum().clamp(min=1)
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int, besides: int | None = None) -> None:
+    """Raise ValueError unless the ids are integers in 0 .. vocab_size - 1, or `besides`."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(ids).__name__}")
+    flat = ids.values() if ids.is_nested else ids
+    if flat.is_floating_point() or flat.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {flat.dtype}")
+    if flat.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    flat = flat if besides is None else flat[flat != besides]
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < vocab_size:
+        raise ValueError(
+            f"{name} must be in 0 .. {vocab_size - 1}, got {int(flat.min())} .. {int(flat.max())}"
+        )
+
+
+def _run_stack(stack: Isotropic, x: Tensor, layout: Layout) -> Tensor:
+    """A stack alone, on any layout."""
+    if layout.jagged:
+        return layout.unpack(stack(x.values(), layout.cu_seqlens))
+    return call_module("backbone", stack, x, layout)[0]
 
 
 def _build(config: HNetConfig, level: int, options: dict[str, Any]) -> HNet | Isotropic:
@@ -395,11 +433,14 @@ def _stack(config: HNetConfig, level: int, layout: str) -> Isotropic:
     )
 
 
-def _lens_of(mask: Tensor) -> Tensor:
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool (batch, length), got {mask.dtype} {tuple(mask.shape)}")
+def _lens_of(mask: Tensor, input_ids: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != input_ids.shape or mask.ndim != 2:
+        raise ValueError(
+            f"mask must be bool of the shape of input_ids, {tuple(input_ids.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
     lens = mask.sum(1)
-    if not mask.is_cuda:
+    if mask.device.type == "cpu":
         expected = torch.arange(mask.shape[1]) < lens[:, None]
         if not torch.equal(mask, expected):
             raise ValueError("mask must be True on the left of each row and False behind")

@@ -299,3 +299,10 @@ def test_missing_extra_is_named() -> None:
     result = process("import sys; sys.modules['typer'] = None\n" + MAIN, "info", "hnet_1stage_L")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == ("hnet: typer is missing: pip install 'h-net-dynamic-chunking[cli]'\n")
+
+
+def test_an_official_file_named_like_a_preset_needs_no_configuration(tmp_path: Path) -> None:
+    weights = tmp_path / "hnet_1stage_S.pt"
+    tiny(config=PRESETS["hnet_1stage_S"]).save_official(tmp_path / "other.json", weights)
+    hnet("convert", weights, tmp_path / "made")
+    assert HNetConfig.from_json(tmp_path / "made" / "config.json") == PRESETS["hnet_1stage_S"]

@@ -57,20 +57,22 @@ def test_parameters_of_the_published_models(name: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "positions_per_chunk", "gigaflops"),
+    ("name", "positions_per_chunk", "table", "ours"),
     [
-        ("hnet_1stage_L", [4.8], 0.43),
-        ("hnet_2stage_L", [2.8, 2.5], 0.43),
-        ("hnet_1stage_XL", [4.7], 0.72),
-        ("hnet_2stage_XL", [2.8, 6.9 / 2.8], 0.69),
+        ("hnet_1stage_L", [4.8], 0.43, 0.43340),
+        ("hnet_2stage_L", [2.8, 2.5], 0.43, 0.42847),
+        ("hnet_1stage_XL", [4.7], 0.72, 0.71550),
+        # 0.0001 beyond the 0.01 that the others keep: its chunk lengths are known to two digits.
+        ("hnet_2stage_XL", [2.8, 6.9 / 2.8], 0.69, 0.70008),
     ],
 )
 def test_flops_of_the_published_models(
-    name: str, positions_per_chunk: list[float], gigaflops: float
+    name: str, positions_per_chunk: list[float], table: float, ours: float
 ) -> None:
-    """Table 2 of the paper, at the chunk lengths that were reached; two decimals, as printed."""
+    """Table 2 of the paper, at the chunk lengths that were reached."""
     got = flops_per_byte(HNetConfig.preset(name), positions_per_chunk=positions_per_chunk) / 1e9
-    assert round(got, 2) == pytest.approx(gigaflops, abs=0.0101)
+    assert got == pytest.approx(ours, abs=1e-5)
+    assert got == pytest.approx(table, abs=0.0101)
 
 
 def test_create_reasonable_config() -> None:

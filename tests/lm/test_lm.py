@@ -33,13 +33,13 @@ def random_ids(*shape: int) -> Tensor:
 ARCHITECTURES = [("T2",), ("m1", "T1"), ("m1", "T1m1", "M1"), ("T1", "m1", "t1m1", "T1")]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES[1:])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_padded_packed_jagged_and_alone_agree(arch: tuple[str, ...]) -> None:
     """Logits, losses and all gradients; windows and chunk edges are crossed."""
     model, ids, cu_seqlens = make(*arch), random_ids(sum(LENS)), cumulative(LENS)
     labels = random_ids(sum(LENS))
     real = torch.arange(max(LENS)) < torch.tensor(LENS)[:, None]
-    padded, padded_labels = torch.zeros_like(real, dtype=torch.int64), torch.full(real.shape, -100)
+    padded, padded_labels = torch.zeros_like(real, dtype=torch.int64), torch.full(real.shape, 7)
     padded[real], padded_labels[real] = ids, labels
 
     def gradients(loss: Tensor | None) -> list[Tensor]:
@@ -168,6 +168,10 @@ def test_parameter_groups() -> None:
         ({"mask": torch.ones(1, 4).bool(), "lens": torch.tensor([4])}, "exclude each other"),
         ({"mask": torch.tensor([[False, True, True, True]])}, "mask must be True on the left"),
         ({"mask": torch.ones(1, 4)}, "mask must be bool"),
+        ({"mask": torch.ones(1, 3).bool()}, "mask must be bool of the shape of input_ids"),
+        ({"labels": torch.full((1, 4), 300)}, r"labels must be in 0 \.\. 255, got 300"),
+        ({"labels": torch.zeros(1, 4)}, "labels must be integers"),
+        ({"input_ids": [[1]]}, "input_ids must be a tensor"),
         ({"lens": torch.tensor([5])}, "lens must be in"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "tokens must have shape"),
     ],
@@ -176,6 +180,56 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     model = make("m1", "T1")
     with pytest.raises(ValueError, match=message):
         model(**{"input_ids": torch.zeros(1, 4, dtype=torch.int64), **arguments})
+
+
+def test_bytes_may_be_uint8() -> None:
+    model, ids = make("m1", "T1"), random_ids(1, 9)
+    assert torch.equal(model(ids.to(torch.uint8)).logits, model(ids).logits)
+
+
+def test_without_a_chunker() -> None:
+    model, ids = make("T1"), random_ids(1, 9)
+    assert model(ids).stages == ()
+    with pytest.raises(ValueError, match="boundary_masks must be empty"):
+        model(ids, boundary_masks=[None])
+    with pytest.raises(ValueError, match="lens must be in"):
+        model(ids, lens=torch.tensor([10]))
+
+
+def test_the_configuration_reaches_the_modules() -> None:
+    config = HNetConfig.from_dict(
+        {
+            "arch_layout": ["m1", ["T1m1", ["T1"], "m1T1"], "t1"],
+            "d_model": [32, 64, 64],
+            "d_intermediate": [0, 200, 300],
+            "ssm_cfg": {"d_state": 8, "d_conv": 3, "expand": 4},
+            "attn_cfg": {
+                "num_heads": [2, 4, 8],
+                "rotary_emb_dim": [8, 4, 2],
+                "window_size": [5, 6, -1],
+            },
+            "target_ratio": [2.5, 4.5],
+        }
+    )
+    model = HNetLM(config, smoothing_clamp=1e-4, ratio_loss_weight=0.5)
+    outer = model.backbone
+    assert isinstance(outer, HNet)
+    inner = outer.network
+    assert isinstance(inner, HNet)
+    for stage, ratio in ((outer, 2.5), (inner, 4.5)):
+        chunker = stage.chunker
+        assert chunker.target_avg_token_length == ratio
+        assert (chunker.smoothing_clamp, chunker.ratio_loss_weight) == (1e-4, 0.5)
+    mamba = outer.encoder.layers[0].mixer
+    assert (mamba.d_state, mamba.d_conv, mamba.d_inner) == (8, 3, 128)
+    for layer, heads, rotary, window in (
+        (outer.decoder.layers[0], 2, 8, 5),
+        (inner.encoder.layers[0], 4, 4, 6),
+        (inner.network.layers[0], 8, 2, -1),
+    ):
+        mixer = layer.mixer
+        assert (mixer.num_heads, mixer.rotary_dim, mixer.window_size) == (heads, rotary, window)
+    assert inner.network.layers[0].mlp.fc2.in_features == 384
 
 
 def rand_njt_iids(docs: int, slen: range) -> Tensor:
