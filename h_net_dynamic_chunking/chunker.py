@@ -20,7 +20,6 @@ from h_net_dynamic_chunking.ops import (
     boundary_probability_of_pairs,
     ema_smooth,
     expand,
-    gather_rows,
     segment,
 )
 from h_net_dynamic_chunking.ops.packing import (
@@ -310,8 +309,7 @@ class DynamicSequenceChunker(nn.Module):
         self, packed: Tensor, probs: Tensor, segmentation: Segmentation, cu_seqlens: Tensor
     ) -> Tensor:
         if self.pool == "select":
-            index, inverse = segmentation.boundary_positions, segmentation.slot_of_position
-            chunks = gather_rows(packed, index, inverse)
+            chunks = segmentation.select(packed)
         else:
             chunks = pool_groups(packed, segmentation, cu_seqlens, self.pool)
         if self.multiply_by_prob:
@@ -324,14 +322,16 @@ class DynamicSequenceChunker(nn.Module):
         return chunks
 
     def _ratio_loss(self, wanted: Tensor, probs: Tensor, cu_seqlens: Tensor) -> Tensor:
-        soft = (probs - self.boundary_threshold).sigmoid()
+        soft = None
+        if self.straight_through_frac_vecs:
+            soft = (probs - self.boundary_threshold).sigmoid()
         return ratio_loss(
             wanted,
             probs,
             self.target_avg_token_length,
             cu_seqlens=cu_seqlens,
             per_sequence=self.ratio_loss_per_sequence,
-            soft_boundaries=soft if self.straight_through_frac_vecs else None,
+            soft_boundaries=soft,
         )
 
     def _upsample(self, inner: Any, record: Intermediates, apply_scale: bool) -> Tensor:

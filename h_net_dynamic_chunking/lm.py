@@ -171,13 +171,14 @@ class HNetLM(nn.Module):
             lens = _lens_of(mask, input_ids)
         _check_ids("input_ids", input_ids, self.config.vocab_size)
         x = self.embeddings(input_ids.long())
-        layout = layout_of(x, lens, cu_seqlens)
         if isinstance(self.backbone, HNet):
             result = self.backbone(x, lens, cu_seqlens=cu_seqlens, boundary_masks=boundary_masks)
             hidden, weighted, records = result.output, result.loss, result.intermediates
+            layout = records[0].layout
         else:
             if len(boundary_masks):
                 raise ValueError("boundary_masks must be empty: this model has no chunker")
+            layout = layout_of(x, lens, cu_seqlens)
             hidden = _run_stack(self.backbone, x, layout)
             weighted, records = x.new_zeros((), dtype=torch.float32), ()
         logits = self.lm_head(hidden)

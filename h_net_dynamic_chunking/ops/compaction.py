@@ -48,9 +48,13 @@ class Segmentation(NamedTuple):
         """int64 (total,): the chunk that a boundary opens, -1 at the other positions."""
         return self.chunk_of_position.where(self.boundary_mask, -1)
 
+    def select(self, x: Tensor) -> Tensor:
+        """The rows of x (total, dim) where the chunks open: (chunks, dim), 0 in the tail."""
+        return gather_rows(x, self.boundary_positions, self.slot_of_position)
+
     def at_boundaries(self, values: Tensor) -> Tensor:
         """`values` (total,) where the chunks open: (chunks,), 0 in the tail."""
-        return gather_rows(values[:, None], self.boundary_positions, self.slot_of_position)[:, 0]
+        return self.select(values[:, None])[:, 0]
 
     def sum_over_chunks(self, values: Tensor | None = None) -> Tensor:
         """Sum of `values` (total,) over each chunk: (chunks,); of ones, its length, by default."""
@@ -98,8 +102,7 @@ def compact(
     """
     check_same_length("boundary_mask", boundary_mask, "x", x)
     segmentation = segment(boundary_mask, cu_seqlens, max_chunks)
-    chunks = gather_rows(x, segmentation.boundary_positions, segmentation.slot_of_position)
-    return chunks, segmentation
+    return segmentation.select(x), segmentation
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
