@@ -5,7 +5,8 @@ from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.config import HNetConfig
 from h_net_dynamic_chunking.h_net import HNet, HNetOutput
 from h_net_dynamic_chunking.intermediates import Intermediates
-from h_net_dynamic_chunking.lm import HNetLM, HNetLMOutput
+from h_net_dynamic_chunking.lm import HNetLM
+from h_net_dynamic_chunking.lm_output import HNetLMOutput
 from h_net_dynamic_chunking.losses import (
     SegmentationStatistics,
     ratio_loss,

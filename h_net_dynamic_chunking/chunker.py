@@ -345,13 +345,10 @@ class DynamicSequenceChunker(nn.Module):
                     f"inner must have {self.dim} channels, as the residual that is added to it, "
                     f"got {z.shape[-1]}"
                 )
-            residual = _linear_in_float32(self.residual_proj, record.layout.pack(tokens))
-        gates = segmentation.at_boundaries(probs)
-        if self.smoothing_clamp is not None:
-            gates = gates.clamp(self.smoothing_clamp, 1 - self.smoothing_clamp)
+            residual = self.residual(record.layout.pack(tokens))
         smoothed, _ = ema_smooth(
             record.chunk_layout.pack(z),
-            gates,
+            self.smoothing_weights(segmentation.at_boundaries(probs)),
             segmentation.cu_chunks,
             weigh_input=not self.multiply_by_prob,
         )
@@ -359,6 +356,18 @@ class DynamicSequenceChunker(nn.Module):
         out = expand(smoothed, segmentation.chunk_of_position, confidence, residual)
         out = _scale_gradient(out.to(tokens.dtype), self.learning_rate_difference)
         return record.layout.unpack(out)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The projection of the residual, in float32 whatever the dtype of x and of autocast."""
+        linear, dtype = self.residual_proj, accumulation_dtype(x.dtype)
+        assert linear is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+
+    def smoothing_weights(self, probs: Tensor) -> Tensor:
+        """What the smoothing takes for P: the probabilities of the chunks, clamped if asked."""
+        clamp = self.smoothing_clamp
+        return probs if clamp is None else probs.clamp(clamp, 1 - clamp)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -392,13 +401,6 @@ def _checked_chunks(z: Tensor, chunk_layout: Layout) -> Tensor:
     if not z.is_floating_point():
         raise ValueError(f"inner must be floating point, got {z.dtype}")
     return z
-
-
-def _linear_in_float32(linear: nn.Linear, x: Tensor) -> Tensor:
-    """The projection of the residual, in float32 whatever the dtype of x and of autocast."""
-    dtype = accumulation_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return functional.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
 
 
 def _require(holds: bool, name: str, wanted: str, got: object) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
+from h_net_dynamic_chunking.h_net_inference import HNetCache, HNetInference
 from h_net_dynamic_chunking.intermediates import Intermediates
-from h_net_dynamic_chunking.layout import Layout, layout_of
+from h_net_dynamic_chunking.layout import Layout, layout_of, padded_view
 from h_net_dynamic_chunking.sequence_module import accepted_lengths, call_module
 
 WidthChange = Literal["linear", "pad"]
@@ -34,8 +35,8 @@ class HNetOutput:
     intermediates: tuple[Intermediates, ...]
     """One record for each stage, outermost first; `absolute_chunk_lens` counts positions of the
     outermost stage."""
-    next_cache: None = None
-    """Reserved for decoding."""
+    next_cache: HNetCache | None = None
+    """The cache that came in, which has seen the tokens now; None without one."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.output, self.loss))
@@ -47,8 +48,8 @@ class HNetOutput:
         return (self.output, self.loss)[index]
 
 
-class HNet(nn.Module):
-    """One stage of the hierarchy around any modules.
+class HNet(HNetInference):
+    """One stage of the hierarchy around any modules. `HNetInference` has its decoding.
 
     Args:
         encoder: Runs on the tokens, width `dim`. How modules are called, and told about lengths,
@@ -121,6 +122,7 @@ class HNet(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         boundary_masks: Sequence[Tensor | None] = (),
+        cache: HNetCache | None = None,
     ) -> HNetOutput:
         """Run the hierarchy.
 
@@ -131,6 +133,8 @@ class HNet(nn.Module):
             cu_seqlens: int (batch + 1,): cumulative lengths of packed tokens.
             boundary_masks: Boundaries to use in place of the router's, outermost stage first, each
                 over the positions of its stage; None, or none left, lets the router choose.
+            cache: The tokens go on where it stands, and it remembers them; see `extend`, which
+                this calls. There is no loss and there are no intermediates then.
 
         Raises:
             ValueError: shapes, dtypes or lengths that do not fit together.
@@ -139,6 +143,8 @@ class HNet(nn.Module):
             raise ValueError(
                 "boundary_masks must be a sequence of masks, one a stage, got a tensor"
             )
+        if cache is not None:
+            return self._go_on(tokens, layout_of(tokens, lens, cu_seqlens), boundary_masks, cache)
         layout = layout_of(tokens, lens, cu_seqlens, static=self.chunker.max_chunks is not None)
         if not tokens.is_nested:
             return self._run(tokens, layout, boundary_masks)
@@ -173,6 +179,23 @@ class HNet(nn.Module):
             if isinstance(result, HNetOutput):
                 loss = loss + result.loss
         return HNetOutput(decoded, loss, (record, *_in_outer_positions(record, network_result)))
+
+    def _go_on(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        boundary_masks: Sequence[Tensor | None],
+        cache: HNetCache,
+    ) -> HNetOutput:
+        """`extend`, for tokens in any form."""
+        padded = layout if layout.padded else padded_view(layout)
+        if not layout.padded:
+            tokens = padded.unpack(layout.pack(tokens))
+        lens = None if padded.inverse is None else padded.lens
+        result = self.extend(tokens, cache, lens, boundary_masks=boundary_masks)
+        output = result.output
+        output = output if layout.padded else layout.unpack(padded.pack(output))
+        return HNetOutput(output, output.new_zeros((), dtype=torch.float32), (), cache)
 
 
 class PadWidth(nn.Module):

@@ -6,8 +6,7 @@
 shared pad vector and slice of section 2.1.2.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from h_net_dynamic_chunking.config import PRESETS, HNetConfig
 from h_net_dynamic_chunking.files import whole
 from h_net_dynamic_chunking.flops import flops_per_byte
 from h_net_dynamic_chunking.h_net import HNet
-from h_net_dynamic_chunking.intermediates import Intermediates
 from h_net_dynamic_chunking.layers import Isotropic, parse_layout
 from h_net_dynamic_chunking.layout import Layout, layout_of, same_rows
+from h_net_dynamic_chunking.lm_inference import InferenceCache, LMInference, check_ids
+from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
 from h_net_dynamic_chunking.scaling import (
     INIT_STD,
     init_stacks,
@@ -35,59 +35,7 @@ RATIO_LOSS_WEIGHT = 0.03  # alpha in every experiment of the paper
 IGNORED = -100
 
 
-@dataclass(frozen=True)
-class StageRecord:
-    """What the chunker of one stage did."""
-
-    intermediates: Intermediates
-
-    @property
-    def probs(self) -> Tensor:
-        """float32: boundary probabilities, over the positions of this stage."""
-        return self.intermediates.probs
-
-    @property
-    def boundary_mask(self) -> Tensor:
-        """bool: boundaries, over the positions of this stage."""
-        return self.intermediates.boundary_mask
-
-    @property
-    def ratio_loss(self) -> Tensor:
-        """float32 scalar: the ratio loss before its weight."""
-        return self.intermediates.aux_ratio_loss
-
-    @property
-    def bytes_per_chunk(self) -> Tensor:
-        """float32 scalar: bytes in a chunk of this stage, on average."""
-        lens = self.intermediates.absolute_chunk_lens
-        lens = lens.values() if lens.is_nested else lens
-        return lens.sum() / self.intermediates.num_chunks.sum().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class HNetLMOutput:
-    """What HNetLM returns."""
-
-    logits: Tensor
-    """(batch, length, vocab), or packed (total, vocab)."""
-    loss: Tensor | None
-    """float32 scalar, with labels: mean cross entropy in nats plus the weighted ratio losses."""
-    loss_sum: Tensor | None
-    """float32 scalar, with labels: the sum of the cross entropies, in nats."""
-    ratio_loss: Tensor
-    """float32 scalar: the ratio losses of all stages before their weight."""
-    stages: tuple[StageRecord, ...]
-    """One record a chunker, outermost first."""
-    cross_entropy: Tensor | None = None
-    """float32 scalar, with labels: the mean cross entropy alone, in nats."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Unpack as `logits, stages`, and with labels as `(cross_entropy, loss_sum), stages`."""
-        scored = (self.cross_entropy, self.loss_sum)
-        return iter((self.logits if self.loss is None else scored, self.stages))
-
-
-class HNetLM(nn.Module):
+class HNetLM(LMInference):
     """A byte-level language model with the architecture of the published checkpoints.
 
     Args:
@@ -100,6 +48,8 @@ class HNetLM(nn.Module):
     >>> model(torch.randint(256, (2, 30))).logits.shape
     torch.Size([2, 30, 256])
     """
+
+    backbone: HNet | Isotropic
 
     def __init__(
         self,
@@ -149,6 +99,7 @@ class HNetLM(nn.Module):
         lens: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         boundary_masks: Any = (),
+        inference_params: InferenceCache | None = None,
     ) -> HNetLMOutput:
         """Predict the byte after each.
 
@@ -160,16 +111,24 @@ class HNetLM(nn.Module):
             lens: int (batch,): the same, as lengths.
             cu_seqlens: int (batch + 1,): cumulative lengths of packed ids.
             boundary_masks: as in `HNet`.
+            inference_params: a cache of `allocate_inference_cache`: the ids go on where it stands,
+                and it remembers them. A whole prompt, a piece of one, or nothing new in some rows
+                (lens 0). There are no labels and no losses then.
 
         Raises:
-            ValueError: shapes, lengths or ids that cannot be. On a GPU, where reading ids would
+            ValueError: shapes, lengths or ids that cannot be, or a cache that does not fit, which
+                is as it was then. On a GPU, where reading ids would
                 stop the host, ids out of range end in an error of the device.
         """
         if mask is not None and lens is not None:
             raise ValueError("mask and lens exclude each other: pass one")
         if mask is not None:
             lens = _lens_of(mask, input_ids)
-        _check_ids("input_ids", input_ids, self.config.vocab_size)
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        if inference_params is not None:
+            if labels is not None:
+                raise ValueError("labels must be None with inference_params, which have no losses")
+            return self.extend(input_ids, inference_params, lens, cu_seqlens, boundary_masks)
         x = self.embeddings(input_ids.long())
         if isinstance(self.backbone, HNet):
             result = self.backbone(x, lens, cu_seqlens=cu_seqlens, boundary_masks=boundary_masks)
@@ -352,7 +311,7 @@ class HNetLM(nn.Module):
         self, logits: Tensor, labels: Tensor, layout: Layout
     ) -> tuple[Tensor, Tensor]:
         """The summed cross entropy in float32, and how many labels there were (at least 1)."""
-        _check_ids("labels", labels, self.config.vocab_size, besides=IGNORED)
+        check_ids("labels", labels, self.config.vocab_size, besides=IGNORED)
         if logits.is_nested != labels.is_nested or (
             labels.is_nested and not same_rows(labels, layout.cu_seqlens)
         ):
@@ -371,22 +330,6 @@ class HNetLM(nn.Module):
             logits.flatten(0, -2).float(), flat, ignore_index=IGNORED, reduction="sum"
         )
         return loss, (flat != IGNORED).sum().clamp(min=1)
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int, besides: int | None = None) -> None:
-    """Raise ValueError unless the ids are integers in 0 .. vocab_size - 1, or `besides`."""
-    if not isinstance(ids, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(ids).__name__}")
-    flat = ids.values() if ids.is_nested else ids
-    if flat.is_floating_point() or flat.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {flat.dtype}")
-    if flat.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    flat = flat if besides is None else flat[flat != besides]
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < vocab_size:
-        raise ValueError(
-            f"{name} must be in 0 .. {vocab_size - 1}, got {int(flat.min())} .. {int(flat.max())}"
-        )
 
 
 def _run_stack(stack: Isotropic, x: Tensor, layout: Layout) -> Tensor:

@@ -25,8 +25,18 @@ from torch import Tensor, nn
 from h_net_dynamic_chunking.layout import Layout, padded_view
 from h_net_dynamic_chunking.outputs import hidden_states
 
-# They see one position at a time, so that packed input needs no lengths.
-_POSITION_WISE = (nn.Identity, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout)
+_POSITION_WISE = (
+    nn.Identity,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Dropout,
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+)
 
 
 def call_module(
@@ -54,7 +64,7 @@ def call_module(
     if "cu_seqlens" in accepted:
         result = module(x, cu_seqlens=layout.cu_seqlens)
         return _checked(name, result, layout, width), result
-    if isinstance(module, _POSITION_WISE):
+    if is_position_wise(module):
         return _checked(name, module(x), layout, width), None
     padded = padded_view(layout)
     result = module(padded.unpack(x), **_padded_lengths(padded, accepted))
@@ -69,6 +79,13 @@ def _checked(name: str, result: Any, layout: Layout, width: int | None) -> Tenso
         wanted = (*layout.shape, "width" if width is None else width)
         raise ValueError(f"{name} must return hidden states of shape {wanted}, got {shape}")
     return hidden
+
+
+def is_position_wise(module: nn.Module) -> bool:
+    """Whether it sees one position at a time, so that it needs no lengths and no cache."""
+    if isinstance(module, nn.Sequential):
+        return all(map(is_position_wise, module))
+    return isinstance(module, _POSITION_WISE)
 
 
 def accepted_lengths(module: nn.Module) -> frozenset[str]:

@@ -3,17 +3,18 @@
 Plain torch on any device; each is an ordinary module, and any other module can take its place.
 """
 
-from h_net_dynamic_chunking.layers.attention import AttentionCache, CausalAttention
+from h_net_dynamic_chunking.layers.attention import CausalAttention
+from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
 from h_net_dynamic_chunking.layers.isotropic import (
     Block,
     Isotropic,
     MixerFactory,
-    StepMixer,
     parse_layout,
 )
-from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache, ssd_chunked
+from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
+from h_net_dynamic_chunking.layers.ssd import ssd_chunked, ssd_continued
 
 __all__ = [
     "AttentionCache",
@@ -24,8 +25,8 @@ __all__ = [
     "MambaCache",
     "MixerFactory",
     "RMSNorm",
-    "StepMixer",
     "SwiGLU",
     "parse_layout",
     "ssd_chunked",
+    "ssd_continued",
 ]

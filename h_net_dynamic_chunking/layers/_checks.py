@@ -1,6 +1,5 @@
 """The argument checks that every layer makes, so that each has one wording."""
 
-import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops.packing import check_cu_seqlens
@@ -35,11 +34,11 @@ def _check_shape(x: Tensor, ndim: int, wanted: str, d_model: int) -> None:
         raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
 
 
-def check_cache_tensor(tensor: Tensor, batch_size: int, dtype: torch.dtype) -> None:
-    """Raise ValueError unless a tensor of a cache fits `batch_size` rows of `dtype`."""
-    if tensor.shape[0] != batch_size:
+def check_extension(x: Tensor, d_model: int, lens: Tensor | None) -> None:
+    """Raise ValueError unless `x` is `(batch, length, d_model)` and `lens` int `(batch,)`."""
+    _check_shape(x, 3, f"(batch, length, {d_model})", d_model)
+    if lens is not None and (lens.shape != x.shape[:1] or lens.is_floating_point()):
         raise ValueError(
-            f"cache must have the batch size of x, {batch_size}, got one of {tensor.shape[0]}"
+            f"lens must be integers of shape ({x.shape[0]},), "
+            f"got {lens.dtype} of shape {tuple(lens.shape)}"
         )
-    if tensor.dtype != dtype:
-        raise ValueError(f"cache must have the dtype of x, {dtype}, got one of {tensor.dtype}")

@@ -7,7 +7,6 @@ counts its own chunks. The work is done by torch's own kernels; which one, `Caus
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -16,13 +15,20 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from h_net_dynamic_chunking.layers._checks import (
+from h_net_dynamic_chunking.cache import (
+    ALL_ROWS,
+    Rows,
+    check_cache_class,
     check_cache_tensor,
+)
+from h_net_dynamic_chunking.layers._checks import (
+    check_extension,
     check_input,
     check_sizes,
     check_step_input,
 )
 from h_net_dynamic_chunking.layers._packed import longest, position_in_sequence, zero_tail
+from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 
@@ -57,51 +63,6 @@ def rotate(x: Tensor, position: Tensor, rotary_dim: int, base: float = 10000.0) 
     first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = (first * cos - second * sin, first * sin + second * cos)
     return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
-
-
-@dataclass
-class AttentionCache:
-    """The keys and values of the positions so far; with a window, of those that it still reaches.
-
-    Row r of position t stands in slot t, or t modulo slots in a ring.
-    """
-
-    keys: Tensor
-    """(batch, slots, heads, head_dim), turned by their positions."""
-    values: Tensor
-    """(batch, slots, heads, head_dim)."""
-    position: Tensor
-    """int64 (batch,): how many positions each row has seen."""
-    ring: bool
-    """Whether new positions may overwrite the oldest, which the window has left behind."""
-
-    def check(self, batch_size: int, dtype: torch.dtype) -> None:
-        """Raise ValueError unless the cache fits `batch_size` rows of `dtype` and has a free slot.
-
-        Free slots are counted on a CPU only: elsewhere that would stop the host, and the write
-        that finds none fails on the device.
-        """
-        check_cache_tensor(self.keys, batch_size, dtype)
-        slots = self.keys.shape[1]
-        if not self.ring and self.position.device.type == "cpu" and (self.position >= slots).any():
-            raise ValueError(
-                f"cache is full: it was allocated for max_seqlen = {slots} positions, and its rows "
-                f"have seen {self.position.tolist()}"
-            )
-
-    def append(self, key: Tensor, value: Tensor) -> Tensor:
-        """Add one position (batch, heads, head_dim) to each row; return bool (batch, slots).
-
-        The result tells which slots are in use.
-        """
-        slots = self.keys.shape[1]
-        rows = torch.arange(key.shape[0], device=key.device)
-        slot = self.position % slots if self.ring else self.position
-        self.keys[rows, slot] = key.to(self.keys.dtype)
-        self.values[rows, slot] = value.to(self.values.dtype)
-        used = torch.arange(slots, device=key.device) <= self.position[:, None]
-        self.position += 1
-        return used
 
 
 class CausalAttention(nn.Module):
@@ -185,44 +146,105 @@ class CausalAttention(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> AttentionCache:
-        """A cache for `step` before the first position.
+        """A cache for `step` and `extend` before the first position.
 
-        It holds `max_seqlen` positions, or with a window that is shorter window_size + 1, and then
-        is never full. `dtype` is that of the x to come; the weights' if None.
+        It takes `max_seqlen` positions, and with a window that is shorter any number. `dtype` is
+        that of the x to come; the weights' if None.
         """
         check_sizes(batch_size=batch_size, max_seqlen=max_seqlen)
-        ring = self.window_size != -1 and self.window_size < max_seqlen
-        slots = self.window_size + 1 if ring else max_seqlen
-        weight, head_dim = self.Wqkv.weight, self.d_model // self.num_heads
-        shape = (batch_size, slots, self.num_heads, head_dim)
-        return AttentionCache(
-            keys=weight.new_zeros(shape, dtype=dtype),
-            values=weight.new_zeros(shape, dtype=dtype),
-            position=weight.new_zeros(batch_size, dtype=torch.int64),
-            ring=ring,
+        weight = self.Wqkv.weight
+        return AttentionCache.empty(
+            weight, batch_size, max_seqlen, self._heads, self.window_size, dtype
         )
 
+    def check_inference_cache(
+        self,
+        cache: Any,
+        batch_size: int,
+        dtype: torch.dtype,
+        new: int = 1,
+        rows: Rows = ALL_ROWS,
+        lens: Tensor | None = None,
+    ) -> None:
+        """Raise ValueError unless the cache is one of this layer for that batch and dtype.
+
+        And unless it has room for `new` more positions of these rows, or lens[r] of row r.
+        """
+        check_cache_class(cache, AttentionCache, self)
+        device = self.Wqkv.weight.device
+        for name in ("keys", "values"):
+            shape = (batch_size, cache.slots, *self._heads)
+            check_cache_tensor(name, getattr(cache, name), shape, dtype, device)
+        if cache.ring and cache.slots != self.window_size + 1:
+            raise ValueError(
+                f"cache must be of this model: {self.window_size + 1} slots, got {cache.slots}"
+            )
+        cache.positions.check_room(new, rows, lens)
+
     @torch.no_grad()
-    def step(self, x: Tensor, cache: AttentionCache) -> Tensor:
+    def step(self, x: Tensor, cache: AttentionCache, rows: Rows = ALL_ROWS) -> Tensor:
         """The next position of every row; updates `cache` in place. No gradients.
 
-        x, out:  (batch, d_model)
+        x, out:  (rows, d_model)
+        rows:    which rows of the cache these are; see `cache.Rows`
 
         Raises:
-            ValueError: x of another shape, a cache that is full (see `AttentionCache.check`) or of
-                another batch size or dtype.
+            ValueError: x of another shape, a cache that is full or of another layer, batch size or
+                dtype.
         """
         check_step_input(x, self.d_model)
-        cache.check(x.shape[0], x.dtype)
-        q, k, v = self._project(x, cache.position)
-        used = cache.append(k, v)
+        self._check_cache(cache, x, rows, 1)
+        q, k, v = self._project(x, rows.read(cache.position))
+        keys, values, used = cache.append(k, v, rows)
         mixed = F.scaled_dot_product_attention(
             q[:, :, None],
-            cache.keys.transpose(1, 2).to(q.dtype),
-            cache.values.transpose(1, 2).to(q.dtype),
+            keys.transpose(1, 2).to(q.dtype),
+            values.transpose(1, 2).to(q.dtype),
             attn_mask=used[:, None, None],
         )
         return self._merge(mixed[:, :, 0])
+
+    @torch.no_grad()
+    def extend(
+        self, x: Tensor, cache: AttentionCache, lens: Tensor | None = None, rows: Rows = ALL_ROWS
+    ) -> Tensor:
+        """The next positions of every row at once; updates `cache` in place. No gradients.
+
+        x, out:  (rows, length, d_model); what stands at pads is not used, and means nothing in out
+        lens:    int (rows,): positions of each row, on the left; None: all have `length`
+        rows:    which rows of the cache these are; see `cache.Rows`
+
+        Raises:
+            ValueError: x of another shape, a cache that is full or of another layer, batch size or
+                dtype.
+        """
+        check_extension(x, self.d_model, lens)
+        self._check_cache(cache, x, rows, x.shape[1], lens)
+        length = x.shape[1]
+        steps = torch.arange(length, device=x.device)
+        if lens is None:
+            lens = steps.new_full((x.shape[0],), length)
+        else:  # a NaN in a pad would reach real positions, which give it no weight
+            x = x.where((steps < lens[:, None])[..., None], 0)
+        position = rows.read(cache.position)[:, None] + steps
+        q, k, v = self._project(x, position)
+        if cache.positions.bound == 0:
+            mixed = self._attend_from_start(q, k, v)
+        else:
+            mixed = self._attend_to_history(q, k, v, position, cache, rows)
+        cache.append_many(k, v, lens, rows)
+        return self._merge(mixed)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        return self.num_heads, self.d_model // self.num_heads
+
+    def _check_cache(
+        self, cache: AttentionCache, x: Tensor, rows: Rows, new: int, lens: Tensor | None = None
+    ) -> None:
+        # How many rows an index stands for is not known here.
+        batch_size = x.shape[0] if rows.index is None else cache.keys.shape[0]
+        self.check_inference_cache(cache, batch_size, x.dtype, new, rows, lens)
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (..., heads, head_dim) of x (..., d_model), the first two turned."""
@@ -246,6 +268,40 @@ class CausalAttention(nn.Module):
             is_causal=mask is None,
         )
         return mixed.transpose(-3, -2)
+
+    def _attend_from_start(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`_attend` of (rows, length, heads, head_dim), by the kernels for packed input."""
+        rows, length = q.shape[:2]
+        if not length or not self._varlen_can_run(q):
+            return self._attend(q, k, v)
+        ends = torch.arange(rows + 1, device=q.device) * length
+        q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        return self._attend_varlen(q, k, v, ends, length).view(rows, length, *q.shape[1:])
+
+    def _attend_to_history(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        cache: AttentionCache,
+        rows: Rows,
+    ) -> Tensor:
+        """Attention of new positions (rows, length, heads, head_dim) to old ones and each other."""
+        keys, values, held = cache.history(rows)
+        keys, values = (
+            torch.cat((old.to(new.dtype), new), dim=1).transpose(1, 2)
+            for old, new in ((keys, k), (values, v))
+        )
+        key_position = torch.cat((held, position), dim=1)[:, None]  # (rows, 1, slots + length)
+        behind = position[..., None] - key_position
+        seen = (key_position >= 0) & (behind >= 0)
+        if self.window_size != -1:
+            seen &= behind <= self.window_size
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, attn_mask=seen[:, None]
+        )
+        return mixed.transpose(1, 2)
 
     def _attend_one_by_one(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Attention inside each packed sequence: all (total, heads, head_dim)."""

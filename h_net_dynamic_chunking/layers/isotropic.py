@@ -10,31 +10,27 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.layers._checks import check_input, check_sizes, check_step_input
+from h_net_dynamic_chunking import step_module
+from h_net_dynamic_chunking.cache import ALL_ROWS, Rows
+from h_net_dynamic_chunking.layers._checks import (
+    check_extension,
+    check_input,
+    check_sizes,
+    check_step_input,
+)
 from h_net_dynamic_chunking.layers._packed import longest, zero_tail
-from h_net_dynamic_chunking.layers.attention import AttentionCache, CausalAttention
-from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
+from h_net_dynamic_chunking.layers.attention import CausalAttention
+from h_net_dynamic_chunking.layers.mamba2 import Mamba2
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 MixerFactory = Callable[[int], nn.Module]
-
-
-@runtime_checkable
-class StepMixer(Protocol):
-    """A mixer that can decode: what `Isotropic.step` asks of it. A cache is whatever it likes."""
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
-    ) -> Any: ...
-
-    def step(self, x: Tensor, cache: Any) -> Tensor: ...
 
 
 class Block(nn.Module):
@@ -62,10 +58,15 @@ class Block(nn.Module):
             lengths = {name: offers[name] for name in self.lengths}
         return self._add_mlp(h + self.mixer(self.norm1(h), **lengths))
 
-    def step(self, h: Tensor, cache: Any) -> Tensor:
-        """One position: h, out (batch, d_model)."""
-        mixer = cast(StepMixer, self.mixer)
-        return self._add_mlp(h + mixer.step(self.norm1(h), cache))
+    def step(self, h: Tensor, cache: Any, rows: Rows = ALL_ROWS) -> Tensor:
+        """One position: h, out (rows, d_model)."""
+        return self._add_mlp(h + step_module.step("mixer", self.mixer, self.norm1(h), cache, rows))
+
+    def extend(self, h: Tensor, cache: Any, lens: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
+        """The next positions: h, out (rows, length, d_model)."""
+        return self._add_mlp(
+            h + step_module.extend("mixer", self.mixer, self.norm1(h), cache, lens, rows)
+        )
 
     def _add_mlp(self, h: Tensor) -> Tensor:
         if self.norm2 is not None and self.mlp is not None:
@@ -101,7 +102,7 @@ class Isotropic(nn.Module):
         d_intermediate: width of every SwiGLU, see there; only upper-case letters read it.
         mixers: constructors by lower-case letter, each taking d_model and giving a module that maps
             (batch, length, d_model) to the same shape. Replaces m or t, or adds a letter. One whose
-            forward names `cu_seqlens` also maps packed input; a `StepMixer` also decodes.
+            forward names `cu_seqlens` also maps packed input; `step_module` says which decode.
 
     Raises:
         ValueError: a layout that cannot be read or names an unknown letter, options for a mixer
@@ -165,35 +166,99 @@ class Isotropic(nn.Module):
             ValueError: a mixer that cannot decode, a size below 1.
         """
         return [
-            mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
-            for mixer in self._step_mixers()
+            step_module.allocate(f"layer {number}", block.mixer, batch_size, max_seqlen, dtype)
+            for number, block in enumerate(self._blocks)
         ]
 
+    def check_inference_cache(
+        self,
+        cache: Any,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        new: int = 1,
+        rows: Rows = ALL_ROWS,
+        lens: Tensor | None = None,
+    ) -> None:
+        """Raise ValueError unless `cache` is one of this stack for that batch.
+
+        And unless it has room for `new` more positions of these rows, or lens[r] of row r. The
+        dtype is that of the weights, which is what the mixers see.
+        """
+        if not isinstance(cache, Sequence) or len(cache) != len(self._blocks):
+            got = len(cache) if isinstance(cache, Sequence) else type(cache).__name__
+            raise ValueError(
+                f"caches must be one for each of the {len(self._blocks)} layers, got {got}"
+            )
+        for number, (block, part) in enumerate(zip(self._blocks, cache, strict=True)):
+            step_module.check_cache(
+                f"layer {number}",
+                block.mixer,
+                part,
+                batch_size,
+                block.norm1.weight.dtype,
+                new,
+                rows,
+                lens,
+            )
+
     @torch.no_grad()
-    def step(self, x: Tensor, caches: Sequence[Any]) -> Tensor:
+    def step(self, x: Tensor, caches: Sequence[Any], rows: Rows = ALL_ROWS) -> Tensor:
         """The next position of every row; updates `caches` in place. No gradients.
 
-        x, out:  (batch, d_model)
+        x, out:  (rows, d_model)
+        rows:    which rows of the caches these are; see `cache.Rows`
 
         Raises:
-            ValueError: x of another shape, a mixer that cannot decode, another number of caches
-                than layers, a cache that is full or of another batch size or dtype. No cache has
-                changed then.
+            ValueError: x of another shape, a mixer that cannot decode, caches that are not of this
+                stack, are full, or of another batch size or dtype. No cache has changed then.
         """
         check_step_input(x, self.d_model)
-        self._step_mixers()
-        if len(caches) != len(self._blocks):
-            raise ValueError(
-                f"caches must be one for each of the {len(self._blocks)} layers, got {len(caches)}"
-            )
-        for block, cache in zip(self._blocks, caches, strict=True):
-            if isinstance(cache, (MambaCache, AttentionCache)):
-                cache.check(x.shape[0], block.norm1.weight.dtype)
+        self._check_all(caches, x, 1, rows)
         h = x.to(accumulation_dtype(x.dtype))
         for block, cache in zip(self._blocks, caches, strict=True):
-            h = block.step(h, cache)
+            h = block.step(h, cache, rows)
         out: Tensor = self.rmsnorm(h)
         return out
+
+    @torch.no_grad()
+    def extend(
+        self,
+        x: Tensor,
+        caches: Sequence[Any],
+        lens: Tensor | None = None,
+        rows: Rows = ALL_ROWS,
+    ) -> Tensor:
+        """The next positions of every row at once; updates `caches` in place. No gradients.
+
+        x, out:  (rows, length, d_model); what stands at pads is not used, and means nothing in out
+        lens:    int (rows,): positions of each row, on the left; None: all have `length`
+        rows:    which rows of the caches these are; see `cache.Rows`
+
+        Raises:
+            ValueError: as `step`.
+        """
+        check_extension(x, self.d_model, lens)
+        self._check_all(caches, x, x.shape[1], rows, lens)
+        h = x.to(accumulation_dtype(x.dtype))
+        if lens is not None:  # whatever the pads hold
+            real = torch.arange(x.shape[1], device=x.device) < lens[:, None]
+            h = h.where(real[..., None], 0)
+        for block, cache in zip(self._blocks, caches, strict=True):
+            h = block.extend(h, cache, lens, rows)
+        out: Tensor = self.rmsnorm(h)
+        return out
+
+    def _check_all(
+        self,
+        caches: Sequence[Any],
+        x: Tensor,
+        new: int,
+        rows: Rows,
+        lens: Tensor | None = None,
+    ) -> None:
+        # With an index only the stage that made it knows the batch, and has checked before.
+        if rows.index is None:
+            self.check_inference_cache(caches, x.shape[0], None, new, rows, lens)
 
     @property
     def _blocks(self) -> list[Block]:
@@ -206,18 +271,6 @@ class Isotropic(nn.Module):
                     f"cu_seqlens must be None: layer {number} has a {type(block.mixer).__name__}, "
                     "whose forward does not take it; pass x padded"
                 )
-
-    def _step_mixers(self) -> list[StepMixer]:
-        """The mixers of all layers, if they can decode; else ValueError."""
-        mixers: list[StepMixer] = []
-        for number, block in enumerate(self._blocks):
-            if not isinstance(block.mixer, StepMixer):
-                raise ValueError(
-                    f"mixers must have allocate_inference_cache and step to decode: layer {number} "
-                    f"has a {type(block.mixer).__name__}"
-                )
-            mixers.append(block.mixer)
-        return mixers
 
 
 def _mixer_factories(

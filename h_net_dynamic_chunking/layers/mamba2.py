@@ -1,175 +1,34 @@
 """Mamba-2 mixer in plain torch, for any device and length: the paper's layer M without its MLP.
 
-    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,      y_t = S_t C_t + D x_t,      for each head
-
-`ssd_chunked` computes this with matrix products inside chunks and a short recurrence over the
-states between them (state-space duality, arXiv 2405.21060, section 6); its oracle is
-`reference.ssd_sequential`. `Mamba2.step` is the same layer one position at a time. Parameters are
-named as in the official H-Net checkpoints.
+The recurrence is in `ssd`. `Mamba2.step` and `Mamba2.extend` are the same layer one or more
+positions at a time, from a cache. Parameters are named as in the official H-Net checkpoints.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from h_net_dynamic_chunking.layers._checks import (
+from h_net_dynamic_chunking.cache import (
+    ALL_ROWS,
+    Rows,
+    check_cache_class,
     check_cache_tensor,
+)
+from h_net_dynamic_chunking.layers._checks import (
+    check_extension,
     check_input,
     check_sizes,
     check_step_input,
 )
 from h_net_dynamic_chunking.layers._packed import zero_tail
 from h_net_dynamic_chunking.layers.norm import RMSNorm
+from h_net_dynamic_chunking.layers.ssd import CHUNK_SIZE, ssd_chunked, ssd_continued
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype, sequence_of_position
-
-# Forward and backward of `ssd_chunked` in ms of CPU time, float32, one thread of a busy AMD EPYC,
-# torch 2.13, best of 5, chunks of 32 / 64 / 128. Short chunks waste less of the triangle, best for
-# narrow heads; long ones carry fewer states, which tells at the d_state of 128 of the paper's code.
-#     batch 8, length 1024, d_model  192, head_dim 32, d_state  64    147 / 156 / 323
-#     batch 8, length  512, d_model  384, head_dim 64, d_state  64    121 / 140 / 161
-#     batch 4, length  512, d_model 1024, head_dim 64, d_state 128    271 / 215 / 250
-_CHUNK_SIZE = 64
-
-
-def ssd_chunked(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    chunk_size: int = _CHUNK_SIZE,
-    sequence: Tensor | None = None,
-) -> Tensor:
-    """Run the recurrence at the top of this file over whole chunks at once.
-
-    x:        (batch, length, heads, head_dim), float
-    dt:       (batch, length, heads), >= 0
-    A:        (heads,), < 0
-    B, C:     (batch, length, d_state), dtype of x, shared by all heads
-    D:        (heads,)
-    sequence: (batch, length), int: which sequence each position belongs to, neighbours together;
-              the state is zero at the start of each. None: every row is one sequence
-    out:      (batch, length, heads, head_dim), dtype of x
-
-    Decays are accumulated in float32 (float64 for float64 x) and the states are carried in it; the
-    matrix products run in the dtype of x. Length may be 0, and need not be a multiple of the chunk.
-
-    Raises:
-        ValueError: shapes that do not fit together, or a chunk_size below 1.
-
-    >>> x, dt, BC = torch.randn(2, 5, 4, 8), torch.rand(2, 5, 4), torch.randn(2, 5, 16)
-    >>> ssd_chunked(x, dt, -torch.ones(4), BC, BC, torch.ones(4)).shape
-    torch.Size([2, 5, 4, 8])
-    """
-    check_sizes(chunk_size=chunk_size)
-    _check_ssd_shapes(x, dt, A, B, C, D, sequence)
-    length, heads = x.shape[1:3]
-    dtype, wide = x.dtype, accumulation_dtype(x.dtype)
-
-    # The tail of the last chunk has dt = 0: it neither writes to the state nor decays it.
-    # A branch, not min(), which torch.compile would carry as a symbol through every shape.
-    size = length if 0 < length < chunk_size else chunk_size
-    dt = dt.to(wide)
-    inputs = _split((x * dt[..., None]).to(dtype), size)  # (batch, chunks, size, heads, head_dim)
-    B, C = _split(B, size), _split(C, size)
-    # From the start of its chunk up to each position: (batch, chunks, heads, size), never rising.
-    log_decay = _split(dt * A.to(wide), size).transpose(2, 3).cumsum(-1)
-    if sequence is None:
-        sequence = torch.zeros(1, length, dtype=torch.int64, device=x.device)
-    sequence = _split(sequence, size)[:, :, None]  # (batch or 1, chunks, 1, size)
-
-    # 1. Inside a chunk, position i reads position j <= i with weight C_i . B_j exp(decay).
-    weights = (C @ B.mT)[:, :, None] * _pairwise_decay(log_decay, sequence)
-    within = (weights.to(dtype) @ inputs.transpose(2, 3)).transpose(2, 3)
-
-    # 2. What each chunk writes, decayed to its end, is carried on to the chunks after it. B and C
-    # are common to the heads, so these lie side by side here and in 3: one wide product a chunk.
-    ended = sequence != sequence[..., -1:]
-    to_end = (log_decay[..., -1:] - log_decay).masked_fill(ended, -torch.inf).exp()
-    to_end = to_end.transpose(2, 3)[..., None]
-    written = B.mT @ (inputs * to_end).to(dtype).flatten(-2)  # (batch, chunks, d_state, h * p)
-    written = rearrange(written, "b c n (h p) -> b c n h p", h=heads)
-    # The state that enters a chunk belongs to the sequence in which the chunk before it ended.
-    before = F.pad(sequence[:, :-1, :, -1:], (0, 0, 0, 0, 1, 0))
-    from_start = log_decay.masked_fill(sequence != before, -torch.inf).exp()
-    entering = _carry(written.to(wide), from_start[..., -1])
-
-    # 3. Every position reads the state that its chunk was entered with.
-    from_start = from_start.transpose(2, 3)[..., None]
-    across = rearrange(C @ entering.to(dtype).flatten(-2), "b c q (h p) -> b c q h p", h=heads)
-
-    y = (within + across * from_start).flatten(1, 2)[:, :length] + D.to(wide)[:, None] * x
-    return y.to(dtype)
-
-
-def _split(tensor: Tensor, size: int) -> Tensor:
-    """`(batch, length, ...)` -> `(batch, chunks, size, ...)`: at least one chunk, zeros behind."""
-    chunks = max(1, -(-tensor.shape[1] // size))
-    if pad := chunks * size - tensor.shape[1]:
-        tensor = F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, pad))
-    return rearrange(tensor, "b (c q) ... -> b c q ...", c=chunks)
-
-
-def _pairwise_decay(log_decay: Tensor, sequence: Tensor) -> Tensor:
-    """exp(log_decay_i - log_decay_j) where j <= i in the same sequence, else 0.
-
-    log_decay:  (batch, chunks, heads, size)
-    sequence:   (batch or 1, chunks, 1, size)
-    out:        (batch, chunks, heads, size, size)
-
-    Masked before the exponential, which therefore never sees a positive number.
-    """
-    same = sequence[..., :, None] == sequence[..., None, :]
-    difference = log_decay[..., :, None] - log_decay[..., None, :]
-    # In place: this is the largest tensor of the layer, and each further copy of it costs time.
-    return difference.masked_fill_(~same.tril(), -torch.inf).exp_()
-
-
-def _carry(written: Tensor, decay: Tensor) -> Tensor:
-    """State that each chunk is entered with, from what each writes and how far it decays.
-
-    written, out:  (batch, chunks, d_state, heads, head_dim)
-    decay:         (batch, chunks, heads)
-    """
-    # A loop, not one product with a (chunks, chunks) matrix of decays: it stays linear in the
-    # length, and `ssd_chunked` takes 6 to 18 % less time at the shapes at the top of this file.
-    state = torch.zeros_like(written[:, 0])
-    entering = []
-    for chunk_written, chunk_decay in zip(written.unbind(1), decay.unbind(1), strict=True):
-        entering.append(state)
-        state = state * chunk_decay[:, None, :, None] + chunk_written
-    return torch.stack(entering, dim=1)
-
-
-def _check_ssd_shapes(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    sequence: Tensor | None,
-) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"x must be (batch, length, heads, head_dim), got {tuple(x.shape)}")
-    batch, length, heads, _ = x.shape
-    wanted = {
-        "dt": (dt, (batch, length, heads)),
-        "A": (A, (heads,)),
-        "B": (B, (batch, length, B.shape[-1])),
-        "C": (C, (batch, length, B.shape[-1])),
-        "D": (D, (heads,)),
-    }
-    if sequence is not None:
-        wanted["sequence"] = (sequence, (batch, length))
-    for name, (tensor, shape) in wanted.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 @dataclass
@@ -180,10 +39,6 @@ class MambaCache:
     """(batch, channels, d_conv - 1): the last inputs of the convolution, oldest first."""
     state: Tensor
     """(batch, heads, head_dim, d_state), float32 or float64: S_t."""
-
-    def check(self, batch_size: int, dtype: torch.dtype) -> None:
-        """Raise ValueError unless the cache fits `batch_size` rows of `dtype`."""
-        check_cache_tensor(self.conv, batch_size, dtype)
 
 
 class Mamba2(nn.Module):
@@ -221,7 +76,7 @@ class Mamba2(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         head_dim: int = 64,
-        chunk_size: int = _CHUNK_SIZE,
+        chunk_size: int = CHUNK_SIZE,
     ) -> None:
         check_sizes(
             d_model=d_model,
@@ -286,29 +141,91 @@ class Mamba2(nn.Module):
             state=weight.new_zeros(state_shape, dtype=accumulation_dtype(dtype)),
         )
 
+    def check_inference_cache(
+        self,
+        cache: Any,
+        batch_size: int,
+        dtype: torch.dtype,
+        new: int = 1,
+        rows: Rows = ALL_ROWS,
+        lens: Tensor | None = None,
+    ) -> None:
+        """Raise ValueError unless the cache is one of this layer for that batch and dtype."""
+        check_cache_class(cache, MambaCache, self)
+        channels, device = self.conv1d.in_channels, self.in_proj.weight.device
+        conv_shape = (batch_size, channels, self.d_conv - 1)
+        state_shape = (batch_size, self.num_heads, self.head_dim, self.d_state)
+        check_cache_tensor("conv", cache.conv, conv_shape, dtype, device)
+        check_cache_tensor("state", cache.state, state_shape, accumulation_dtype(dtype), device)
+
     @torch.no_grad()
-    def step(self, x: Tensor, cache: MambaCache) -> Tensor:
+    def step(self, x: Tensor, cache: MambaCache, rows: Rows = ALL_ROWS) -> Tensor:
         """The next position of every row; updates `cache` in place. No gradients.
 
-        x, out:  (batch, d_model)
+        x, out:  (rows, d_model)
+        rows:    which rows of the cache these are; see `cache.Rows`
 
         Raises:
-            ValueError: x of another shape, a cache of another batch size or dtype.
+            ValueError: x of another shape, a cache of another layer, batch size or dtype.
         """
         check_step_input(x, self.d_model)
-        cache.check(x.shape[0], x.dtype)
+        self._check_cache(cache, x, rows)
         gate, conv_in, dt = self._project(x)
-        window = torch.cat([cache.conv, conv_in[..., None]], dim=-1)  # (batch, channels, d_conv)
+        # (rows, channels, d_conv)
+        window = torch.cat([rows.read(cache.conv), conv_in[..., None]], dim=-1)
         values, B, C = self._split_conv(F.silu(self.conv1d(window)[..., 0]))
 
-        # Everything as (batch, heads, head_dim, d_state), in the dtype of the state.
+        # Everything as (rows, heads, head_dim, d_state), in the dtype of the state.
         write = (dt[..., None] * values)[..., None] * B[:, None, None]
-        state = cache.state * (dt * self._A()).exp()[..., None, None] + write
+        decay = (dt * self._A()).exp()[..., None, None]
+        state = rows.read(cache.state) * decay + write
         y = (state * C[:, None, None]).sum(-1) + self.D[:, None] * values
 
-        cache.conv.copy_(window[..., 1:])
-        cache.state.copy_(state)
+        rows.write(cache.conv, window[..., 1:])
+        rows.write(cache.state, state)
         return self._gated(y.to(values.dtype), gate)
+
+    @torch.no_grad()
+    def extend(
+        self, x: Tensor, cache: MambaCache, lens: Tensor | None = None, rows: Rows = ALL_ROWS
+    ) -> Tensor:
+        """The next positions of every row at once; updates `cache` in place. No gradients.
+
+        x, out:  (rows, length, d_model); what stands at pads is not used, and means nothing in out
+        lens:    int (rows,): positions of each row, on the left; None: all have `length`
+        rows:    which rows of the cache these are; see `cache.Rows`
+
+        Raises:
+            ValueError: x of another shape, a cache of another layer, batch size or dtype.
+        """
+        check_extension(x, self.d_model, lens)
+        self._check_cache(cache, x, rows)
+        length, taps_back = x.shape[1], self.d_conv - 1
+        steps = torch.arange(length, device=x.device)
+        if lens is None:
+            lens = steps.new_full(x.shape[:1], length)
+            gate, conv_in, dt = self._project(x)
+        else:
+            real = (steps < lens[:, None])[..., None]
+            gate, conv_in, dt = self._project(x.where(real, 0))
+            # With dt = 0 a pad neither writes to the state nor decays it.
+            dt = dt.where(real, 0)
+        window = torch.cat([rows.read(cache.conv).mT, conv_in], dim=1)
+        # One zero more in front, so that no new positions still are a legal input.
+        convolved = F.silu(self.conv1d(F.pad(window.mT, (1, 0)))[..., 1:]).mT
+        values, B, C = self._split_conv(convolved)
+        before = rows.read(cache.state)
+        y, state = ssd_continued(values, dt, self._A(), B, C, self.D, before, self.chunk_size)
+        last = lens[:, None] + torch.arange(taps_back, device=x.device)
+        newest = window.gather(1, last[..., None].expand(-1, -1, window.shape[-1]))
+        rows.write(cache.conv, newest.mT)
+        rows.write(cache.state, state)
+        return self._gated(y, gate)
+
+    def _check_cache(self, cache: MambaCache, x: Tensor, rows: Rows) -> None:
+        # How many rows an index stands for is not known here.
+        batch_size = x.shape[0] if rows.index is None else cache.conv.shape[0]
+        self.check_inference_cache(cache, batch_size, x.dtype)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate (..., d_inner), input of the convolution (..., channels), dt (..., heads)."""

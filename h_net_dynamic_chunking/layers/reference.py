@@ -18,7 +18,7 @@ def ssd_sequential(
     D: Tensor,
     sequence: Tensor | None = None,
 ) -> Tensor:
-    """Run the recurrence as written; shapes as in `mamba2.ssd_chunked`.
+    """Run the recurrence as written; shapes as in `ssd.ssd_chunked`.
 
     >>> x, dt, A = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1), torch.tensor([0.5]).log()
     >>> B = C = torch.ones(1, 3, 1)

@@ -76,9 +76,9 @@ def boundary_probability_of_pairs(
 
 
 def boundary_probability_step(q: Tensor, k_prev: Tensor, is_first: Tensor | None = None) -> Tensor:
-    """One position of each row: `q`, `k_prev` (batch, dim), `is_first` bool (batch,) -> (batch,).
+    """Any positions by themselves: `q`, `k_prev` (..., dim), `is_first` bool (...) -> (...).
 
-    Rows that are first have p = 1. Plain differentiable torch, same numbers as the packed form.
+    Those that are first have p = 1. Plain differentiable torch, same numbers as the packed form.
     """
     dtype = accumulation_dtype(q.dtype)
     cosine = (_unit(q.to(dtype)) * _unit(k_prev.to(dtype))).sum(-1)

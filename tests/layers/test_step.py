@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from h_net_dynamic_chunking.cache import Rows, tensors_of
 from h_net_dynamic_chunking.layers import CausalAttention, Isotropic, Mamba2
 from tests.layers.stacks import D_MODEL, STACKS, small_stack
 from tests.support import assert_close, randn
@@ -42,11 +43,9 @@ def test_rows_have_their_own_positions(window_size: int) -> None:
     torch.manual_seed(0)
     mixer = CausalAttention(D_MODEL, 2, window_size=window_size).double()
     x = randn(2, 12, D_MODEL).detach()
-    caches = [mixer.allocate_inference_cache(1, max_seqlen=12) for _ in range(2)]
-    run_steps(mixer, x[:1, :7], caches[0])
     both = mixer.allocate_inference_cache(2, max_seqlen=12)
-    for name in ("keys", "values", "position"):
-        getattr(both, name).copy_(torch.cat([getattr(cache, name) for cache in caches]))
+    for position in x[:1, :7].unbind(1):
+        mixer.step(position, both, Rows(index=torch.tensor([0])))
     got = run_steps(mixer, torch.stack([x[0, 7:], x[1, :5]]), both)
     want = mixer(x)
     assert_close("output", got, torch.stack([want[0, 7:], want[1, :5]]))
@@ -115,7 +114,7 @@ def assert_refused(module: Any, x: Tensor, caches: Any, message: str) -> None:
 
 def tensors(caches: Any) -> list[Tensor]:
     listed = caches if isinstance(caches, list) else [caches]
-    return [value for cache in listed for value in vars(cache).values() if torch.is_tensor(value)]
+    return tensors_of(listed)
 
 
 class Average(nn.Module):
@@ -141,13 +140,9 @@ def test_other_mixers() -> None:
     got = run_steps(stack, x, stack.allocate_inference_cache(2, 5))
     torch.testing.assert_close(got, stack(x))
 
-    stack = Isotropic("m1l1", D_MODEL, mixers={"l": lambda d_model: nn.Linear(d_model, d_model)})
-    for decode in (
-        lambda: stack.allocate_inference_cache(2, 5),
-        lambda: stack.step(x[:, 0], [None, None]),
-    ):
-        with pytest.raises(ValueError, match="to decode: layer 1 has a Linear"):
-            decode()
+    stack = Isotropic("m1l1", D_MODEL, mixers={"l": lambda d_model: nn.Conv1d(1, 1, 1)})
+    with pytest.raises(ValueError, match=r"layer 1 must have .*to decode.*Conv1d has not"):
+        stack.allocate_inference_cache(2, 5)
 
 
 @pytest.mark.parametrize("layout", ["m1", "t1"])

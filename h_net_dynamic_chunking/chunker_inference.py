@@ -1,0 +1,175 @@
+"""The chunker while decoding: the next positions of every row, from what it remembers.
+
+    route         eq. (4), against the key of the position before: which positions open a chunk?
+    smooth_step   eq. (5) for rows that opened one chunk
+    smooth_next   eq. (5) and (8) for any number of positions and chunks of each row
+    add_residual  eq. (3)
+
+The inner network runs between routing and smoothing, on the chunks that were opened. Numbers are
+those of `DynamicSequenceChunker.forward` over whole sequences.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.cache import Rows, check_cache_class, check_cache_tensor
+from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
+from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth, ema_smooth_step
+from h_net_dynamic_chunking.ops.expansion import expand_step
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+
+
+@dataclass
+class ChunkerCache:
+    """What the positions so far leave to the next one."""
+
+    previous_key: Tensor
+    """(batch, dim_queries_keys): the key of the last position."""
+    smoothed: Tensor
+    """float32 or float64 (batch, dim): the smoothed vector of the current chunk."""
+    chunks: Tensor
+    """int64 (batch,): chunks so far; 0 before the first position."""
+
+
+class Routed(NamedTuple):
+    """Where chunks open."""
+
+    probs: Tensor
+    """float32 (rows, length): boundary probabilities; 0 at pads."""
+    opens: Tensor
+    """bool (rows, length): whether a chunk opens there; False at pads and in rows at rest."""
+
+
+def allocate_chunker_cache(
+    chunker: DynamicSequenceChunker, batch_size: int, dtype: torch.dtype | None
+) -> ChunkerCache:
+    """A cache before the first position.
+
+    Raises:
+        ValueError: an option of the chunker that looks ahead, or pools over positions.
+    """
+    if chunker.pool != "select":
+        raise ValueError(f"pool must be 'select' to decode, got {chunker.pool!r}")
+    if chunker.length_embed is not None:
+        raise ValueError(
+            "embed_chunk_lens must be False to decode: a chunk's length is known only at its end"
+        )
+    weight = chunker.to_queries_keys.weight
+    dtype = dtype or weight.dtype
+    return ChunkerCache(
+        previous_key=weight.new_zeros(batch_size, weight.shape[0] // 2, dtype=dtype),
+        smoothed=weight.new_zeros(batch_size, chunker.dim, dtype=accumulation_dtype(dtype)),
+        chunks=weight.new_zeros(batch_size, dtype=torch.int64),
+    )
+
+
+def check_chunker_cache(
+    chunker: DynamicSequenceChunker, cache: object, batch_size: int, dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless the cache is one of this chunker for that batch and dtype."""
+    check_cache_class(cache, ChunkerCache, chunker)
+    assert isinstance(cache, ChunkerCache)
+    weight = chunker.to_queries_keys.weight
+    width, wide, device = weight.shape[0] // 2, accumulation_dtype(dtype), weight.device
+    key_shape, smoothed_shape = (batch_size, width), (batch_size, chunker.dim)
+    check_cache_tensor("previous_key", cache.previous_key, key_shape, dtype, device)
+    check_cache_tensor("smoothed", cache.smoothed, smoothed_shape, wide, device)
+
+
+def route(
+    chunker: DynamicSequenceChunker,
+    x: Tensor,
+    cache: ChunkerCache,
+    lens: Tensor | None,
+    rows: Rows,
+    given: Tensor | None = None,
+) -> Routed:
+    """Decide for the next positions x (rows, length, dim), length >= 1, and remember the last key.
+
+    Args:
+        chunker: whose projections and threshold.
+        x: what the encoder made of the positions.
+        cache: of the chunker; changes in place.
+        lens: int (rows,): positions of each row, on the left; None: all have `length`.
+        rows: of the cache.
+        given: bool (rows, length): boundaries to use in place of the router's.
+    """
+    length = x.shape[1]
+    queries, keys = chunker.to_queries_keys(x).chunk(2, dim=-1)
+    opened = rows.read(cache.chunks)
+    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    starts[:, 0] = opened == 0
+    before = torch.cat((rows.read(cache.previous_key)[:, None].to(keys.dtype), keys[:, :-1]), 1)
+    if chunker.start_key is not None:
+        before = torch.where(starts[..., None], chunker.start_key.to(keys.dtype), before)
+    probs = boundary_probability_step(
+        queries, before, starts if chunker.start_key is None else None
+    )
+    opens = (probs > chunker.boundary_threshold if given is None else given) | starts
+    if lens is not None:
+        real = torch.arange(length, device=x.device) < lens[:, None]
+        probs, opens = probs.where(real, 0), opens & real
+    if rows.active is not None:
+        opens = opens & rows.active[:, None]
+    if chunker.max_chunks is not None:
+        opens = opens & (opened[:, None] + opens.cumsum(1) <= chunker.max_chunks)
+
+    if lens is None:
+        rows.write(cache.previous_key, keys[:, -1])
+    else:
+        last = (lens - 1).clamp(min=0)[:, None, None].expand(-1, 1, keys.shape[-1])
+        rows.only(lens > 0).write(cache.previous_key, keys.gather(1, last)[:, 0])
+    rows.write(cache.chunks, opened + opens.sum(1))
+    return Routed(probs, opens)
+
+
+def smooth_step(
+    chunker: DynamicSequenceChunker, z: Tensor, probs: Tensor, cache: ChunkerCache, rows: Rows
+) -> None:
+    """Take one new chunk z (rows, dim), opened with `probs` (rows,), into the smoothing."""
+    smoothed = ema_smooth_step(
+        z,
+        chunker.smoothing_weights(probs),
+        rows.read(cache.smoothed),
+        weigh_input=not chunker.multiply_by_prob,
+    )
+    rows.write(cache.smoothed, smoothed)
+
+
+def smooth_next(
+    chunker: DynamicSequenceChunker,
+    z: Tensor,
+    routed: Routed,
+    cache: ChunkerCache,
+    rows: Rows,
+) -> Tensor:
+    """Smooth the new chunks z (chunks, dim), packed, and repeat each over its positions.
+
+    Positions before the first new chunk of a row are still in its old one. Returns (rows, length,
+    dim) in the dtype of the cache.
+    """
+    probs, opens = routed
+    opened = opens.cumsum(1)
+    cu_chunks = torch.nn.functional.pad(opened[:, -1].cumsum(0), (1, 0))
+    old = rows.read(cache.smoothed)
+    smoothed, last = ema_smooth(
+        z.to(old.dtype),
+        chunker.smoothing_weights(probs[opens]),
+        cu_chunks,
+        old,
+        weigh_input=not chunker.multiply_by_prob,
+    )
+    row = torch.arange(len(old), device=z.device)[:, None]
+    newest = len(old) + cu_chunks[:-1, None] + opened - 1
+    repeated = torch.cat((old, smoothed))[newest.where(opened > 0, row)]
+    rows.write(cache.smoothed, last)
+    return repeated
+
+
+def add_residual(chunker: DynamicSequenceChunker, smoothed: Tensor, x: Tensor) -> Tensor:
+    """Smoothed chunks (..., dim) and the projection of what the encoder made, in x's dtype."""
+    residual = None if chunker.residual_proj is None else chunker.residual(x)
+    return expand_step(smoothed, residual).to(x.dtype)

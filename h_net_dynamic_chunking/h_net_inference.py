@@ -1,0 +1,330 @@
+"""HNet while decoding: the next position of every row, or several at once, from a cache.
+
+One stage, for one position:
+
+    encoded  = encoder(x)
+    p, opens = router(encoded)                       against the key of the position before
+    smoothed = smoothing(network(encoded))           only in the rows where opens
+    output   = decoder(smoothed + residual)
+
+`network` may be a stage again, so that it advances only for rows in which every stage around it
+opened a chunk, and each row has its own position at every stage.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from h_net_dynamic_chunking import chunker_inference, step_module
+from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows, check_cache_class
+from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
+from h_net_dynamic_chunking.chunker_inference import ChunkerCache
+from h_net_dynamic_chunking.layout import Layout, padded_view
+from h_net_dynamic_chunking.outputs import hidden_states
+
+
+@dataclass
+class HNetCache:
+    """What one stage, and all inside it, remember between steps."""
+
+    positions: Positions
+    """How many positions each row has seen at this stage."""
+    chunker: ChunkerCache
+    encoder: Any
+    network: Any
+    decoder: Any
+
+
+class Decision(NamedTuple):
+    """What the router of one stage decided while decoding."""
+
+    probs: Tensor
+    """float32 (rows,) after a step, else (rows, length): boundary probabilities; 0 where the stage
+    saw no position."""
+    boundary_mask: Tensor
+    """bool, of the same shape: whether a chunk opened; False where the stage saw no position."""
+
+
+@dataclass(frozen=True, eq=False)
+class HNetStep:
+    """What HNet returns for new positions of a sequence that it remembers."""
+
+    output: Tensor
+    """(rows, dim) after a step, else (rows, length, dim)."""
+    stages: tuple[Decision, ...]
+    """What each router decided, outermost first. After a step, the rows are those of the
+    outermost stage; else the positions of a stage are the chunks of the one around it."""
+
+
+class HNetInference(nn.Module):
+    """The decoding of an HNet, which says what the parts are."""
+
+    encoder: nn.Module
+    network: nn.Module
+    decoder: nn.Module
+    chunker: DynamicSequenceChunker
+    width_in: nn.Module
+    width_out: nn.Module
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages there are: this one and those inside it."""
+        return 1 + (self.network.num_stages if isinstance(self.network, HNetInference) else 0)
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+    ) -> HNetCache:
+        """A cache for `step` and `extend` before the first position.
+
+        Args:
+            batch_size: rows, each with its own position at every stage.
+            max_seqlen: positions that a row may have at this stage. Inside, caches grow with the
+                chunks that are really made.
+            dtype: of the tokens to come; that of the weights if None.
+
+        Raises:
+            ValueError: a size below 1, a part that cannot decode, or a chunker whose options look
+                ahead.
+        """
+        for name, size in (("batch_size", batch_size), ("max_seqlen", max_seqlen)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        sizes = (batch_size, max_seqlen, dtype)
+        seen = torch.zeros(batch_size, dtype=torch.int64, device=self._device)
+        return HNetCache(
+            positions=Positions(seen, max_seqlen),
+            chunker=chunker_inference.allocate_chunker_cache(self.chunker, batch_size, dtype),
+            encoder=step_module.allocate("encoder", self.encoder, *sizes),
+            network=step_module.allocate("network", self.network, *sizes),
+            decoder=step_module.allocate("decoder", self.decoder, *sizes),
+        )
+
+    def check_inference_cache(
+        self,
+        cache: Any,
+        batch_size: int,
+        dtype: torch.dtype,
+        new: int = 1,
+        rows: Rows = ALL_ROWS,
+        lens: Tensor | None = None,
+    ) -> None:
+        """Raise ValueError unless the cache is one of this HNet for that batch and dtype.
+
+        And unless it has room for `new` more positions of these rows, or lens[r] of row r.
+        """
+        check_cache_class(cache, HNetCache, self)
+        chunker_inference.check_chunker_cache(self.chunker, cache.chunker, batch_size, dtype)
+        cache.positions.check_room(new, rows, lens)
+        # The parts need no room of their own: no stage sees more positions than this one.
+        for name in ("encoder", "network", "decoder"):
+            module, part = getattr(self, name), getattr(cache, name)
+            step_module.check_cache(name, module, part, batch_size, dtype, 0)
+
+    @torch.no_grad()
+    def step(
+        self,
+        x: Tensor,
+        cache: HNetCache,
+        rows: Rows = ALL_ROWS,
+        *,
+        masked: bool = False,
+        boundary_masks: Sequence[Tensor | None] = (),
+        checked: bool = False,
+    ) -> HNetStep:
+        """The next position of every row; updates `cache` in place. No gradients.
+
+        Args:
+            x: (rows, dim).
+            cache: of `allocate_inference_cache`.
+            rows: which rows of the cache these are; see `cache.Rows`.
+            masked: run the network for all rows, and let only those change that opened a chunk:
+                static shapes, and no host read. By default the rows that did are gathered.
+            boundary_masks: bool (rows,) for each stage, outermost first: boundaries to use in place
+                of the router's.
+            checked: the caller has checked x and the cache already.
+
+        Raises:
+            ValueError: x or a cache that does not fit. Nothing has changed then.
+        """
+        if not checked:
+            self._check_next(x, cache, 1, rows, None)
+        return self._step_stage(x, cache, rows, masked, boundary_masks)
+
+    def _step_stage(
+        self,
+        x: Tensor,
+        cache: HNetCache,
+        rows: Rows,
+        masked: bool,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> HNetStep:
+        here, *deeper = boundary_masks or (None,)
+        encoded = self._step("encoder", x, cache.encoder, rows)
+        given = None if here is None else here[:, None]
+        probs, opens = (
+            decision[:, 0]
+            for decision in chunker_inference.route(
+                self.chunker, encoded[:, None], cache.chunker, None, rows, given
+            )
+        )
+        chosen = None if masked else opens.nonzero().flatten()  # the host read of the compact plan
+        inner = self._step_network(encoded, probs, opens, chosen, cache, rows, deeper)
+        smoothed = rows.read(cache.chunker.smoothed)
+        expanded = chunker_inference.add_residual(self.chunker, smoothed, encoded)
+        decoded = self._step("decoder", expanded, cache.decoder, rows)
+        cache.positions.advance(1, 1, rows)
+        return HNetStep(decoded, (Decision(probs, opens), *inner))
+
+    def _step_network(
+        self,
+        encoded: Tensor,
+        probs: Tensor,
+        opens: Tensor,
+        chosen: Tensor | None,
+        cache: HNetCache,
+        rows: Rows,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> tuple[Decision, ...]:
+        """Run the network on the rows that opened a chunk, and smooth what comes back.
+
+        chosen: int64, those rows; None runs all of them, masked.
+        """
+        chunks = encoded
+        if self.chunker.multiply_by_prob:
+            chunks = chunks * probs[:, None].to(chunks.dtype)
+        if chosen is None:
+            inner_rows = rows.only(opens)
+        else:
+            inner_rows, chunks, probs = rows.among(chosen), chunks[chosen], probs[chosen]
+            boundary_masks = [None if m is None else m[chosen] for m in boundary_masks]
+            if not len(chosen):
+                return self._no_decisions(opens.shape, probs)
+        chunks = self.width_in(chunks)
+        stages: tuple[Decision, ...] = ()
+        if isinstance(self.network, HNetInference):
+            result = self.network._step_stage(
+                chunks, cache.network, inner_rows, chosen is None, boundary_masks
+            )
+            stages, z = result.stages, result.output
+        else:
+            z = self._step("network", chunks, cache.network, inner_rows)
+        chunker_inference.smooth_step(
+            self.chunker, self.width_out(z), probs, cache.chunker, inner_rows
+        )
+        return stages if chosen is None else tuple(spread(s, chosen, len(opens)) for s in stages)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        x: Tensor,
+        cache: HNetCache,
+        lens: Tensor | None = None,
+        rows: Rows = ALL_ROWS,
+        *,
+        boundary_masks: Sequence[Tensor | None] = (),
+        checked: bool = False,
+    ) -> HNetStep:
+        """The next positions of every row at once; updates `cache` in place. No gradients.
+
+        Args:
+            x: (rows, length, dim). What stands at pads is not used, and means nothing in the
+                output.
+            cache: of `allocate_inference_cache`.
+            lens: int (rows,): positions of each row, on the left; None: all have `length`.
+            rows: which rows of the cache these are; see `cache.Rows`.
+            boundary_masks: bool (rows, length) for each stage, as in `forward`.
+            checked: the caller has checked x and the cache already.
+
+        Raises:
+            ValueError: x or a cache that does not fit. Nothing has changed then.
+        """
+        if not checked:
+            self._check_next(x, cache, x.shape[1], rows, lens)
+        if x.shape[1] == 0:
+            nothing = x.new_zeros(x.shape[:2], dtype=torch.float32)
+            return HNetStep(x, (Decision(nothing, nothing.bool()),) * self.num_stages)
+        return self._extend_stage(x, cache, lens, rows, boundary_masks)
+
+    def _extend_stage(
+        self,
+        x: Tensor,
+        cache: HNetCache,
+        lens: Tensor | None,
+        rows: Rows,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> HNetStep:
+        here, *deeper = boundary_masks or (None,)
+        x = x if lens is None else _zero_behind(x, lens)
+        encoded = self._extend("encoder", x, cache.encoder, lens, rows)
+        routed = chunker_inference.route(self.chunker, encoded, cache.chunker, lens, rows, here)
+        z, inner = self._extend_network(encoded, routed, cache, rows, deeper)
+        smoothed = chunker_inference.smooth_next(self.chunker, z, routed, cache.chunker, rows)
+        expanded = chunker_inference.add_residual(self.chunker, smoothed, encoded)
+        decoded = self._extend("decoder", expanded, cache.decoder, lens, rows)
+        cache.positions.advance(x.shape[1] if lens is None else lens, x.shape[1], rows)
+        return HNetStep(decoded, (Decision(*routed), *inner))
+
+    def _extend_network(
+        self,
+        encoded: Tensor,
+        routed: chunker_inference.Routed,
+        cache: HNetCache,
+        rows: Rows,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, tuple[Decision, ...]]:
+        """What the network makes of the new chunks, packed (chunks, dim), and what it decided."""
+        probs, opens = routed
+        counts = opens.sum(1)
+        chunks = encoded[opens]  # the host read
+        if self.chunker.multiply_by_prob:
+            chunks = chunks * probs[opens][:, None].to(chunks.dtype)
+        if not len(chunks):
+            return chunks, self._no_decisions((len(opens), 0), probs)
+        cu_chunks = nn.functional.pad(counts.cumsum(0), (1, 0))
+        padded = padded_view(Layout(cu_chunks, (len(chunks),)))
+        chunks = padded.unpack(self.width_in(chunks))
+        stages: tuple[Decision, ...] = ()
+        if isinstance(self.network, HNetInference):
+            result = self.network._extend_stage(chunks, cache.network, counts, rows, boundary_masks)
+            stages, z = result.stages, result.output
+        else:
+            z = self._extend("network", chunks, cache.network, counts, rows)
+        return self.width_out(padded.pack(z)), stages
+
+    def _step(self, name: str, x: Tensor, cache: Any, rows: Rows) -> Tensor:
+        return hidden_states(step_module.step(name, getattr(self, name), x, cache, rows), name)
+
+    def _extend(self, name: str, x: Tensor, cache: Any, lens: Tensor | None, rows: Rows) -> Tensor:
+        module = getattr(self, name)
+        return hidden_states(step_module.extend(name, module, x, cache, lens, rows), name)
+
+    def _no_decisions(self, shape: Sequence[int], probs: Tensor) -> tuple[Decision, ...]:
+        """For the stages inside, where none of them saw a position."""
+        nothing = probs.new_zeros(shape)
+        return (Decision(nothing, nothing.bool()),) * (self.num_stages - 1)
+
+    def _check_next(
+        self, x: Tensor, cache: HNetCache, new: int, rows: Rows, lens: Tensor | None
+    ) -> None:
+        check_cache_class(cache, HNetCache, self)
+        batch_size = x.shape[0] if rows.index is None else cache.positions.seen.shape[0]
+        self.check_inference_cache(cache, batch_size, x.dtype, new, rows, lens)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.chunker.to_queries_keys.weight.device
+
+
+def spread(decision: Decision, index: Tensor, count: int) -> Decision:
+    """The decision of the rows `index`, int64, among `count`."""
+    probs, boundary_mask = (part.new_zeros(count).index_copy_(0, index, part) for part in decision)
+    return Decision(probs, boundary_mask)
+
+
+def _zero_behind(x: Tensor, lens: Tensor) -> Tensor:
+    """x (rows, length, dim) with zeros behind the real positions, whatever stands there."""
+    real = torch.arange(x.shape[1], device=x.device) < lens[:, None]
+    return x.where(real[..., None], 0)

@@ -1,0 +1,241 @@
+"""HNetLM while decoding: logits for the next byte of every row, from a cache.
+
+A cache holds what each stage remembers of each row. `extend` reads any number of new bytes at once,
+a whole prompt or a piece of it, and `step` reads one. Rows have their own positions, rows that have
+ended are left out with `active`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from h_net_dynamic_chunking import step_module
+from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows
+from h_net_dynamic_chunking.config import HNetConfig
+from h_net_dynamic_chunking.h_net_inference import Decision, HNetInference, spread
+from h_net_dynamic_chunking.layers import Isotropic
+from h_net_dynamic_chunking.layout import layout_of, padded_view
+from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
+
+Plan = Literal["auto", "compact", "masked"]
+
+
+@dataclass
+class InferenceCache:
+    """What an HNetLM remembers of a batch of texts."""
+
+    config: HNetConfig
+    """Of the model that it belongs to."""
+    positions: Positions
+    """How many bytes each row has read."""
+    backbone: Any
+    """What the layers remember."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return self.positions.seen.shape[0]
+
+
+class LMInference(nn.Module):
+    """The decoding of an HNetLM, which says what the parts are."""
+
+    config: HNetConfig
+    embeddings: nn.Embedding
+    backbone: HNetInference | Isotropic
+    lm_head: nn.Linear
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+    ) -> InferenceCache:
+        """A cache before the first byte.
+
+        Args:
+            batch_size: rows.
+            max_seqlen: bytes that a row may have, prompt and continuation together.
+            dtype: of the hidden states to come; that of the weights if None.
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        backbone = self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype)
+        seen = torch.zeros(batch_size, dtype=torch.int64, device=self.embeddings.weight.device)
+        return InferenceCache(self.config, Positions(seen, max_seqlen), backbone)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        input_ids: Tensor,
+        inference_params: InferenceCache,
+        lens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        boundary_masks: Sequence[Tensor | None] = (),
+    ) -> HNetLMOutput:
+        """Read the next bytes of every row: `forward` with a cache, which says more."""
+        x = self.embeddings(input_ids.long())
+        layout = layout_of(x, lens, cu_seqlens)
+        padded = layout if layout.padded else padded_view(layout)
+        x = x if layout.padded else padded.unpack(layout.pack(x))
+        if x.shape[1] == 0:
+            raise ValueError("input_ids must have at least one byte in some row, got none")
+        counts = None if padded.inverse is None else padded.lens
+        cache, length = inference_params, x.shape[1]
+        self._check_cache(cache, len(x), length, ALL_ROWS, counts)
+        stages: tuple[Decision, ...] = ()
+        if isinstance(self.backbone, HNetInference):
+            result = self.backbone.extend(
+                x, cache.backbone, counts, boundary_masks=boundary_masks, checked=True
+            )
+            hidden, stages = result.output, result.stages
+        else:
+            hidden = self.backbone.extend(x, cache.backbone, counts)
+        cache.positions.advance(length if counts is None else counts, length)
+        hidden = hidden if layout.padded else layout.unpack(padded.pack(hidden))
+        return self._output(self.lm_head(hidden), stages)
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        inference_params: InferenceCache,
+        *,
+        active: Tensor | None = None,
+        plan: Plan = "auto",
+        boundary_masks: Sequence[Tensor | None] = (),
+    ) -> HNetLMOutput:
+        """Read one byte of every row. No gradients.
+
+        Args:
+            input_ids: int (batch, 1), or (batch,).
+            inference_params: a cache of `allocate_inference_cache`; changes in place.
+            active: bool (batch,): rows that read their byte; the others keep their cache as it is
+                and get logits of 0. None: all.
+            plan: "compact" runs each stage on the rows that reach it; "masked" runs all rows and
+                lets those change that reach it, with static shapes. The numbers are the same.
+                "auto" takes the compact one.
+            boundary_masks: bool (batch,) for each stage, outermost first: whether a chunk opens, in
+                place of the router's word.
+
+        Returns:
+            logits (batch, 1, vocab); in `stages`, probs and boundary_mask (batch,) of each stage.
+
+        Raises:
+            ValueError: ids or a cache that do not fit; the cache is as it was then.
+        """
+        batch_size = inference_batch(input_ids)
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        check_plan(plan)
+        check_active(active, batch_size)
+        masked = plan == "masked"
+        rows = Rows(active=active)
+        if active is not None and not masked:
+            rows = Rows(index=active.nonzero().flatten())
+        self._check_cache(inference_params, batch_size, 1, rows, None)
+        hidden, stages = self._step_rows(
+            input_ids.flatten(), inference_params, rows, masked, boundary_masks
+        )
+        logits = self.lm_head(hidden)
+        if rows.index is not None:
+            logits = logits.new_zeros(batch_size, logits.shape[1]).index_copy_(
+                0, rows.index, logits
+            )
+            stages = tuple(spread(stage, rows.index, batch_size) for stage in stages)
+        elif active is not None:
+            logits = logits.where(active[:, None], 0)
+        return self._output(logits[:, None], stages)
+
+    def _step_rows(
+        self,
+        ids: Tensor,
+        cache: InferenceCache,
+        rows: Rows,
+        masked: bool,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, tuple[Decision, ...]]:
+        """Hidden states (rows, dim) of the bytes that these rows of ids (batch,) read."""
+        x = self.embeddings(rows.read(ids).long())
+        stages: tuple[Decision, ...] = ()
+        if isinstance(self.backbone, HNetInference):
+            masks = [None if mask is None else rows.read(mask) for mask in boundary_masks]
+            result = self.backbone.step(
+                x, cache.backbone, rows, masked=masked, boundary_masks=masks, checked=True
+            )
+            hidden, stages = result.output, result.stages
+        else:
+            hidden = self.backbone.step(x, cache.backbone, rows)
+        cache.positions.advance(1, 1, rows)
+        return hidden, stages
+
+    def _check_cache(
+        self, cache: Any, batch_size: int, new: int, rows: Rows, lens: Tensor | None
+    ) -> None:
+        """Raise ValueError unless the cache is of this model, for that batch, with room left."""
+        if not isinstance(cache, InferenceCache):
+            raise ValueError(
+                "inference_params must be what allocate_inference_cache returned, "
+                f"got {type(cache).__name__}"
+            )
+        if cache.config != self.config:
+            raise ValueError("inference_params must be of this model, got those of another one")
+        if cache.batch_size != batch_size:
+            raise ValueError(
+                f"inference_params must be for the {batch_size} rows of input_ids, "
+                f"got some for {cache.batch_size}"
+            )
+        cache.positions.check_room(new, rows, lens)
+        dtype = self.embeddings.weight.dtype
+        step_module.check_cache("backbone", self.backbone, cache.backbone, batch_size, dtype)
+
+    def _output(self, logits: Tensor, stages: tuple[Decision, ...]) -> HNetLMOutput:
+        nothing = logits.new_zeros((), dtype=torch.float32)
+        return HNetLMOutput(logits, None, None, nothing, tuple(map(StageRecord, stages)))
+
+
+def inference_batch(input_ids: Tensor) -> int:
+    """Rows of the ids of one step.
+
+    Raises:
+        ValueError: they are not (batch, 1) or (batch,).
+    """
+    if not isinstance(input_ids, Tensor) or not (
+        input_ids.ndim == 1 or (input_ids.ndim == 2 and input_ids.shape[1] == 1)
+    ):
+        got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must have shape (batch, 1) or (batch,), got {got}")
+    return input_ids.shape[0]
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int, besides: int | None = None) -> None:
+    """Raise ValueError unless the ids are integers in 0 .. vocab_size - 1, or `besides`."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(ids).__name__}")
+    flat = ids.values() if ids.is_nested else ids
+    if flat.is_floating_point() or flat.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {flat.dtype}")
+    if flat.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    flat = flat if besides is None else flat[flat != besides]
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < vocab_size:
+        raise ValueError(
+            f"{name} must be in 0 .. {vocab_size - 1}, got {int(flat.min())} .. {int(flat.max())}"
+        )
+
+
+def check_plan(plan: str) -> None:
+    """Raise ValueError unless it is one of the plans."""
+    if plan not in get_args(Plan):
+        raise ValueError(f"plan must be one of {get_args(Plan)}, got {plan!r}")
+
+
+def check_active(active: Tensor | None, batch_size: int) -> None:
+    """Raise ValueError unless `active` is bool (batch,), or None."""
+    if active is None:
+        return
+    if active.dtype != torch.bool or active.shape != (batch_size,):
+        raise ValueError(
+            f"active must be bool of shape ({batch_size},), "
+            f"got {active.dtype} of shape {tuple(active.shape)}"
+        )
