@@ -22,6 +22,8 @@ class Rows:
     """int64 (rows,): the cache's row for each row of the input; None: they are the same."""
     active: Tensor | None = None
     """bool (rows,): whose cache changes; None: all. The others' inputs may be anything."""
+    checked: bool = False
+    """Whether the cache was found to fit already, by the module around this one."""
 
     def read(self, cached: Tensor) -> Tensor:
         """The rows of (batch, ...) that the input stands for: (rows, ...)."""
@@ -42,11 +44,13 @@ class Rows:
         return Rows(
             chosen if self.index is None else self.index.index_select(0, chosen),
             None if self.active is None else self.active.index_select(0, chosen),
+            self.checked,
         )
 
     def only(self, active: Tensor) -> "Rows":
         """The same rows, of which at most those of `active`, bool (rows,), change."""
-        return Rows(self.index, active if self.active is None else active & self.active)
+        both = active if self.active is None else active & self.active
+        return Rows(self.index, both, self.checked)
 
     def indices(self, count: int, device: torch.device) -> Tensor:
         """int64 (rows,): `index`, written out."""

@@ -12,7 +12,7 @@ opened a chunk, and each row has its own position at every stage.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +132,6 @@ class HNetInference(nn.Module):
         *,
         masked: bool = False,
         boundary_masks: Sequence[Tensor | None] = (),
-        checked: bool = False,
     ) -> HNetStep:
         """The next position of every row; updates `cache` in place. No gradients.
 
@@ -144,13 +143,11 @@ class HNetInference(nn.Module):
                 static shapes, and no host read. By default the rows that did are gathered.
             boundary_masks: bool (rows,) for each stage, outermost first: boundaries to use in place
                 of the router's.
-            checked: the caller has checked x and the cache already.
 
         Raises:
             ValueError: x or a cache that does not fit. Nothing has changed then.
         """
-        if not checked:
-            self._check_next(x, cache, 1, rows, None)
+        rows = self._checked(x, cache, 1, rows, None)
         return self._step_stage(x, cache, rows, masked, boundary_masks)
 
     def _step_stage(
@@ -225,7 +222,6 @@ class HNetInference(nn.Module):
         rows: Rows = ALL_ROWS,
         *,
         boundary_masks: Sequence[Tensor | None] = (),
-        checked: bool = False,
     ) -> HNetStep:
         """The next positions of every row at once; updates `cache` in place. No gradients.
 
@@ -236,13 +232,11 @@ class HNetInference(nn.Module):
             lens: int (rows,): positions of each row, on the left; None: all have `length`.
             rows: which rows of the cache these are; see `cache.Rows`.
             boundary_masks: bool (rows, length) for each stage, as in `forward`.
-            checked: the caller has checked x and the cache already.
 
         Raises:
             ValueError: x or a cache that does not fit. Nothing has changed then.
         """
-        if not checked:
-            self._check_next(x, cache, x.shape[1], rows, lens)
+        rows = self._checked(x, cache, x.shape[1], rows, lens)
         if x.shape[1] == 0:
             nothing = x.new_zeros(x.shape[:2], dtype=torch.float32)
             return HNetStep(x, (Decision(nothing, nothing.bool()),) * self.num_stages)
@@ -306,12 +300,16 @@ class HNetInference(nn.Module):
         nothing = probs.new_zeros(shape)
         return (Decision(nothing, nothing.bool()),) * (self.num_stages - 1)
 
-    def _check_next(
+    def _checked(
         self, x: Tensor, cache: HNetCache, new: int, rows: Rows, lens: Tensor | None
-    ) -> None:
+    ) -> Rows:
+        """The rows, for the parts, which need not look at their caches again."""
+        if rows.checked:
+            return rows
         check_cache_class(cache, HNetCache, self)
         batch_size = x.shape[0] if rows.index is None else cache.positions.seen.shape[0]
         self.check_inference_cache(cache, batch_size, x.dtype, new, rows, lens)
+        return replace(rows, checked=True)
 
     @property
     def _device(self) -> torch.device:

@@ -6,7 +6,7 @@ ended are left out with `active`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -83,15 +83,15 @@ class LMInference(nn.Module):
             raise ValueError("input_ids must have at least one byte in some row, got none")
         counts = None if padded.inverse is None else padded.lens
         cache, length = inference_params, x.shape[1]
-        self._check_cache(cache, len(x), length, ALL_ROWS, counts)
+        rows = self._checked(cache, len(x), length, ALL_ROWS, counts)
         stages: tuple[Decision, ...] = ()
         if isinstance(self.backbone, HNetInference):
             result = self.backbone.extend(
-                x, cache.backbone, counts, boundary_masks=boundary_masks, checked=True
+                x, cache.backbone, counts, rows, boundary_masks=boundary_masks
             )
             hidden, stages = result.output, result.stages
         else:
-            hidden = self.backbone.extend(x, cache.backbone, counts)
+            hidden = self.backbone.extend(x, cache.backbone, counts, rows)
         cache.positions.advance(length if counts is None else counts, length)
         hidden = hidden if layout.padded else layout.unpack(padded.pack(hidden))
         return self._output(self.lm_head(hidden), stages)
@@ -133,7 +133,7 @@ class LMInference(nn.Module):
         rows = Rows(active=active)
         if active is not None and not masked:
             rows = Rows(index=active.nonzero().flatten())
-        self._check_cache(inference_params, batch_size, 1, rows, None)
+        rows = self._checked(inference_params, batch_size, 1, rows, None)
         hidden, stages = self._step_rows(
             input_ids.flatten(), inference_params, rows, masked, boundary_masks
         )
@@ -161,7 +161,7 @@ class LMInference(nn.Module):
         if isinstance(self.backbone, HNetInference):
             masks = [None if mask is None else rows.read(mask) for mask in boundary_masks]
             result = self.backbone.step(
-                x, cache.backbone, rows, masked=masked, boundary_masks=masks, checked=True
+                x, cache.backbone, rows, masked=masked, boundary_masks=masks
             )
             hidden, stages = result.output, result.stages
         else:
@@ -169,10 +169,10 @@ class LMInference(nn.Module):
         cache.positions.advance(1, 1, rows)
         return hidden, stages
 
-    def _check_cache(
+    def _checked(
         self, cache: Any, batch_size: int, new: int, rows: Rows, lens: Tensor | None
-    ) -> None:
-        """Raise ValueError unless the cache is of this model, for that batch, with room left."""
+    ) -> Rows:
+        """The rows, for the layers, if the cache is of this model and has room; else ValueError."""
         if not isinstance(cache, InferenceCache):
             raise ValueError(
                 "inference_params must be what allocate_inference_cache returned, "
@@ -188,6 +188,7 @@ class LMInference(nn.Module):
         cache.positions.check_room(new, rows, lens)
         dtype = self.embeddings.weight.dtype
         step_module.check_cache("backbone", self.backbone, cache.backbone, batch_size, dtype)
+        return replace(rows, checked=True)
 
     def _output(self, logits: Tensor, stages: tuple[Decision, ...]) -> HNetLMOutput:
         nothing = logits.new_zeros((), dtype=torch.float32)

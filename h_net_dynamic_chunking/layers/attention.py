@@ -242,6 +242,8 @@ class CausalAttention(nn.Module):
     def _check_cache(
         self, cache: AttentionCache, x: Tensor, rows: Rows, new: int, lens: Tensor | None = None
     ) -> None:
+        if rows.checked:
+            return
         # How many rows an index stands for is not known here.
         batch_size = x.shape[0] if rows.index is None else cache.keys.shape[0]
         self.check_inference_cache(cache, batch_size, x.dtype, new, rows, lens)

@@ -9,6 +9,7 @@ is the mixer alone; upper case adds a SwiGLU. Every layer is pre-norm, and a nor
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -213,7 +214,7 @@ class Isotropic(nn.Module):
                 stack, are full, or of another batch size or dtype. No cache has changed then.
         """
         check_step_input(x, self.d_model)
-        self._check_all(caches, x, 1, rows)
+        rows = self._checked(caches, x, 1, rows)
         h = x.to(accumulation_dtype(x.dtype))
         for block, cache in zip(self._blocks, caches, strict=True):
             h = block.step(h, cache, rows)
@@ -238,7 +239,7 @@ class Isotropic(nn.Module):
             ValueError: as `step`.
         """
         check_extension(x, self.d_model, lens)
-        self._check_all(caches, x, x.shape[1], rows, lens)
+        rows = self._checked(caches, x, x.shape[1], rows, lens)
         h = x.to(accumulation_dtype(x.dtype))
         if lens is not None:  # whatever the pads hold
             real = torch.arange(x.shape[1], device=x.device) < lens[:, None]
@@ -248,17 +249,20 @@ class Isotropic(nn.Module):
         out: Tensor = self.rmsnorm(h)
         return out
 
-    def _check_all(
+    def _checked(
         self,
         caches: Sequence[Any],
         x: Tensor,
         new: int,
         rows: Rows,
         lens: Tensor | None = None,
-    ) -> None:
-        # With an index only the stage that made it knows the batch, and has checked before.
-        if rows.index is None:
+    ) -> Rows:
+        """The rows, for the layers, which need not look at their caches again."""
+        # With an index only the stage that made it knows the batch.
+        if not rows.checked and rows.index is None:
             self.check_inference_cache(caches, x.shape[0], None, new, rows, lens)
+            rows = replace(rows, checked=True)
+        return rows
 
     @property
     def _blocks(self) -> list[Block]:

@@ -223,6 +223,8 @@ class Mamba2(nn.Module):
         return self._gated(y, gate)
 
     def _check_cache(self, cache: MambaCache, x: Tensor, rows: Rows) -> None:
+        if rows.checked:
+            return
         # How many rows an index stands for is not known here.
         batch_size = x.shape[0] if rows.index is None else cache.conv.shape[0]
         self.check_inference_cache(cache, batch_size, x.dtype)

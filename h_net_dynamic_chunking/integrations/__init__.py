@@ -1,0 +1,1 @@
+"""Bridges to other libraries; each file needs its own, and is imported only when asked for."""

@@ -1,0 +1,97 @@
+"""x-transformers' Decoder as a part of an HNet that decodes.
+
+Its cache holds one length for a whole batch, and grows by one position a call. Rows of an HNet
+differ in length as soon as they chunk differently, so that each row here has a cache of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from h_net_dynamic_chunking.cache import ALL_ROWS, Rows, check_cache_class
+
+
+@dataclass
+class DecoderCache:
+    """What the decoder remembers of each row: x-transformers' own record, None before the first."""
+
+    rows: list[Any]
+    max_seqlen: int
+
+
+class SteppedDecoder(nn.Module):
+    """Wraps an `x_transformers.Decoder`, so that an HNet around it can decode.
+
+    x, out: (batch, length, dim), as the decoder has them
+
+    Args:
+        decoder: with a causal attention and no cross attention.
+
+    Raises:
+        ValueError: something else than x-transformers' attention layers.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        if not hasattr(decoder, "layers") or not getattr(decoder, "causal", False):
+            raise ValueError(
+                f"decoder must be an x_transformers.Decoder, got {type(decoder).__name__}"
+            )
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.decoder(x)
+        return out
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+    ) -> DecoderCache:
+        """A cache for `batch_size` rows of up to `max_seqlen` positions, before the first."""
+        return DecoderCache([None] * batch_size, max_seqlen)
+
+    def check_inference_cache(
+        self,
+        cache: Any,
+        batch_size: int,
+        dtype: torch.dtype,
+        new: int = 1,
+        rows: Rows = ALL_ROWS,
+        lens: Tensor | None = None,
+    ) -> None:
+        """Raise ValueError unless the cache is one of an adapter for that batch."""
+        check_cache_class(cache, DecoderCache, self)
+        if len(cache.rows) != batch_size:
+            raise ValueError(
+                f"cache must have the batch size of x, {batch_size}, got one of {len(cache.rows)}"
+            )
+
+    def step(self, x: Tensor, cache: DecoderCache, rows: Rows = ALL_ROWS) -> Tensor:
+        """The next position of every row: x, out (rows, dim)."""
+        return self.extend(x[:, None], cache, None, rows)[:, 0]
+
+    @torch.no_grad()
+    def extend(
+        self, x: Tensor, cache: DecoderCache, lens: Tensor | None = None, rows: Rows = ALL_ROWS
+    ) -> Tensor:
+        """The next positions of every row: x, out (rows, length, dim); zeros come out at pads."""
+        out = torch.zeros_like(x)
+        index = rows.indices(len(x), x.device).tolist()
+        counts = [x.shape[1]] * len(x) if lens is None else lens.tolist()
+        active = [True] * len(x) if rows.active is None else rows.active.tolist()
+        for place, (row, count) in enumerate(zip(index, counts, strict=True)):
+            if active[place] and count:
+                out[place, :count] = self._extend_row(x[place : place + 1, :count], cache, row)[0]
+        return out
+
+    def _extend_row(self, x: Tensor, cache: DecoderCache, row: int) -> Tensor:
+        # Against a cache that holds something, the decoder takes one position a call.
+        pieces = [x] if cache.rows[row] is None else torch.split(x, 1, dim=1)
+        outs = []
+        for piece in pieces:
+            out, cache.rows[row] = self.decoder(
+                piece, cache=cache.rows[row], input_not_include_cache=True, return_hiddens=True
+            )
+            outs.append(out)
+        return torch.cat(outs, dim=1)
