@@ -117,14 +117,15 @@ def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) ->
 
     `capped` says whether there was a limit on the chunks, so that slots may be empty.
     """
-    cu_chunks, grid = segmentation.cu_chunks, segmentation.chunk_grid
-    chunks = segmentation.boundary_positions.shape[0]
+    cu_chunks, chunks = segmentation.cu_chunks, segmentation.boundary_positions.shape[0]
     if not outer.padded:
         return Layout(cu_chunks, (chunks,), jagged=outer.jagged, has_tail=capped)
     # A compiler does not know the sizes, and so not whether there are pads.
-    if not capped and not torch.compiler.is_compiling() and grid.numel() == chunks:
-        return Layout(cu_chunks, tuple(grid.shape))
-    return _grid_layout(cu_chunks, grid, chunks)
+    if not capped and not torch.compiler.is_compiling():
+        shape = (outer.batch, segmentation.most_chunks)
+        if shape[0] * shape[1] == chunks:
+            return Layout(cu_chunks, shape)
+    return _grid_layout(cu_chunks, segmentation.chunk_grid, chunks)
 
 
 def _grid_layout(cu_seqlens: Tensor, grid: Tensor, total: int) -> Layout:

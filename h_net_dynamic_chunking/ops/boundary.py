@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
     accumulation_dtype,
     check_cu_seqlens,
@@ -108,6 +109,10 @@ def _reciprocal(norm: Tensor) -> Tensor:
 
 @torch.library.custom_op("h_net::boundary_probability", mutates_args=())
 def _boundary_probability(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if uses_triton(queries_keys):
+        from h_net_dynamic_chunking.ops._triton.boundary import boundary_fwd
+
+        return boundary_fwd(queries_keys, cu_seqlens)
     total = queries_keys.shape[0]
     cosine, _, _ = _cosines_and_scales(*_neighbours(queries_keys))
     p = torch.ones(total, dtype=cosine.dtype, device=cosine.device)
@@ -146,6 +151,10 @@ def _(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
 def _boundary_probability_backward(
     grad_p: Tensor, queries_keys: Tensor, cu_seqlens: Tensor
 ) -> Tensor:
+    if uses_triton(queries_keys):
+        from h_net_dynamic_chunking.ops._triton.boundary import boundary_bwd
+
+        return boundary_bwd(grad_p, queries_keys, cu_seqlens)
     total = queries_keys.shape[0]
     dtype = accumulation_dtype(queries_keys.dtype)
     q, k = _neighbours(queries_keys)
@@ -185,12 +194,14 @@ def _(grad_p: Tensor, queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.backend = chosen_backend()
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, None]:
     queries_keys, cu_seqlens = ctx.saved_tensors
-    return _boundary_probability_backward(grad_p, queries_keys, cu_seqlens), None
+    with use_backend(ctx.backend):
+        return _boundary_probability_backward(grad_p, queries_keys, cu_seqlens), None
 
 
 _boundary_probability.register_autograd(_backward, setup_context=_setup_context)

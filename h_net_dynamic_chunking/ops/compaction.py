@@ -9,9 +9,10 @@ Contract
     out segmentation:  see `Segmentation`
 
 The first position of every sequence is a boundary whatever the mask says. One host read at most:
-how many chunks there are, in all and in the longest sequence. With `max_chunks` there is none: the
-chunk buffer then has the static size batch * max_chunks, its tail holds zeros, and boundaries past
-the limit of their sequence are dropped, first come first served, so that the choice stays causal.
+how many chunks there are, in all and in the longest sequence; `begin_segment` leaves room for work
+while that number travels. With `max_chunks` there is none: the chunk buffer then has the static
+size batch * max_chunks, its tail holds zeros, and boundaries past the limit of their sequence are
+dropped, first come first served, so that the choice stays causal.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
     check_cu_seqlens,
     check_same_length,
@@ -32,21 +34,29 @@ from h_net_dynamic_chunking.ops.packing import (
 class Segmentation(NamedTuple):
     """Which positions open chunks, in the packed layout."""
 
+    wanted: Tensor
+    """bool (total,): the boundaries before `max_chunks` refused any; starts are among them."""
     boundary_mask: Tensor
     """bool (total,): the boundaries that were kept."""
+    starts: Tensor
+    """bool (total,): the first position of each sequence."""
     boundary_positions: Tensor
     """int64 (chunks,): where each chunk opens; -1 in the tail."""
     chunk_of_position: Tensor
     """int64 (total,): the chunk that each position is in; -1 in the tail."""
+    slot_of_position: Tensor
+    """int64 (total,): the chunk that a boundary opens, -1 at the other positions."""
     cu_chunks: Tensor
     """int64 (batch + 1,): cumulative number of chunks."""
-    chunk_grid: Tensor
-    """int64 (batch, most chunks): the chunks of each sequence, side by side; -1 where none."""
+    most_chunks: int
+    """Chunks of the longest sequence; with `max_chunks`, that."""
 
     @property
-    def slot_of_position(self) -> Tensor:
-        """int64 (total,): the chunk that a boundary opens, -1 at the other positions."""
-        return self.chunk_of_position.where(self.boundary_mask, -1)
+    def chunk_grid(self) -> Tensor:
+        """int64 (batch, most chunks): the chunks of each sequence, side by side; -1 where none."""
+        steps = torch.arange(self.most_chunks, device=self.cu_chunks.device)
+        grid = self.cu_chunks[:-1, None] + steps
+        return grid.masked_fill_(grid >= self.cu_chunks[1:, None], -1)
 
     def select(self, x: Tensor) -> Tensor:
         """The rows of x (total, dim) where the chunks open: (chunks, dim), 0 in the tail."""
@@ -65,6 +75,81 @@ class Segmentation(NamedTuple):
         return values.new_zeros(chunks + 1).index_add(0, owner, values)[:chunks]
 
 
+class PendingSegmentation:
+    """A segmentation whose number of chunks is on its way to the host."""
+
+    wanted: Tensor
+    """bool (total,): as in `Segmentation`, and known at once."""
+
+    def __init__(self, boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None) -> None:
+        self.wanted, kept, *rest = _segment(boundary_mask, cu_seqlens, max_chunks)
+        self._kept = self.wanted if max_chunks is None else kept
+        self._starts, self._positions, self._chunks, self._slots, self._cu_chunks, sizes = rest
+        self._max_chunks = max_chunks
+        self._read = None if max_chunks is not None else _HostRead(sizes)
+
+    def finish(self) -> Segmentation:
+        """The segmentation. Without `max_chunks`, the one host read of a stage ends here."""
+        positions = self._positions
+        if self._max_chunks is not None:
+            most = self._max_chunks
+        elif self._read is not None and torch.compiler.is_compiling():
+            # Operations, in a graph, whose sizes are known when it runs.
+            positions, steps = _trim(positions, self._read.sizes)
+            most = steps.shape[0]
+        elif self._read is not None:
+            chunks, most = self._read.wait()
+            positions = positions[:chunks]
+        return Segmentation(
+            self.wanted,
+            self._kept,
+            self._starts,
+            positions,
+            self._chunks,
+            self._slots,
+            self._cu_chunks,
+            most,
+        )
+
+
+class _HostRead:
+    """A few integers that are copied to the host while the device goes on."""
+
+    def __init__(self, sizes: Tensor) -> None:
+        self.sizes = sizes
+        self._event: torch.cuda.Event | None = None
+        if sizes.is_cuda and not torch.compiler.is_compiling():
+            # Into pinned memory, behind what is queued so far and before what will be.
+            self.sizes = sizes.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[int] = self.sizes.tolist()
+        return values
+
+
+def begin_segment(
+    boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None = None
+) -> PendingSegmentation:
+    """`segment` in two halves: what is queued before `.finish()` runs while the host would wait.
+
+    Raises:
+        ValueError: as `segment`.
+    """
+    if boundary_mask.ndim != 1 or boundary_mask.dtype != torch.bool:
+        raise ValueError(
+            f"boundary_mask must be bool of shape (total,), "
+            f"got {boundary_mask.dtype} of shape {tuple(boundary_mask.shape)}"
+        )
+    check_cu_seqlens(cu_seqlens)
+    if max_chunks is not None and max_chunks < 1:
+        raise ValueError(f"max_chunks must be at least 1, got {max_chunks}")
+    return PendingSegmentation(boundary_mask, cu_seqlens, max_chunks)
+
+
 def segment(
     boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None = None
 ) -> Segmentation:
@@ -77,15 +162,7 @@ def segment(
     >>> segment(mask, torch.tensor([0, 3, 4])).chunk_of_position
     tensor([0, 0, 1, 2])
     """
-    if boundary_mask.ndim != 1 or boundary_mask.dtype != torch.bool:
-        raise ValueError(
-            f"boundary_mask must be bool of shape (total,), "
-            f"got {boundary_mask.dtype} of shape {tuple(boundary_mask.shape)}"
-        )
-    check_cu_seqlens(cu_seqlens)
-    if max_chunks is not None and max_chunks < 1:
-        raise ValueError(f"max_chunks must be at least 1, got {max_chunks}")
-    return Segmentation(*_segment(boundary_mask, cu_seqlens, max_chunks))
+    return begin_segment(boundary_mask, cu_seqlens, max_chunks).finish()
 
 
 def compact(
@@ -123,30 +200,48 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 @torch.library.custom_op("h_net::segment", mutates_args=())
 def _segment(
     boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Wanted, kept (empty without a limit), starts, positions (room for all), chunk of position,
+    slot of position, cu_chunks, and the sizes that the host wants: chunks, in the longest."""
+    if uses_triton(boundary_mask, moves_only=True):
+        from h_net_dynamic_chunking.ops._triton import segmentation
+
+        return segmentation.segment(boundary_mask, cu_seqlens, max_chunks)
     total, batch = boundary_mask.shape[0], cu_seqlens.shape[0] - 1
-    live = in_some_sequence(cu_seqlens, total)
-    opens = (boundary_mask | sequence_starts(cu_seqlens, total)) & live
+    live, starts = in_some_sequence(cu_seqlens, total), sequence_starts(cu_seqlens, total)
+    wanted = (boundary_mask | starts) & live
     cu_seqlens = cu_seqlens.to(torch.int64)
+    kept, opens, room = wanted.new_empty(0), wanted, total
     if max_chunks is not None:
-        opens &= _within_limit(opens, cu_seqlens, max_chunks)
+        kept = opens = wanted & _within_limit(wanted, cu_seqlens, max_chunks)
+        room = batch * max_chunks
     opened = _count_before(opens)
     cu_chunks = opened[cu_seqlens]
-    if max_chunks is not None:
-        chunks, most = batch * max_chunks, max_chunks
-    else:
-        # The one host read of a stage.
-        chunks, most = (
-            torch.stack((cu_chunks[-1], cu_chunks.diff().amax())).tolist() if batch else (0, 0)
-        )
-    # The positions that open nothing write to a spare slot, which is cut off again.
-    positions = torch.full((chunks + 1,), -1, dtype=torch.int64, device=opens.device)
-    slots = torch.where(opens, opened[1:] - 1, chunks)
-    positions = positions.scatter_(0, slots, torch.arange(total, device=opens.device))[:chunks]
     chunk_of_position = (opened[1:] - 1).masked_fill_(~live, -1)
-    grid = cu_chunks[:-1, None] + torch.arange(most, device=opens.device)
-    grid.masked_fill_(grid >= cu_chunks[1:, None], -1)
-    return opens, positions, chunk_of_position, cu_chunks, grid
+    slot_of_position = chunk_of_position.where(opens, -1)
+    # The positions that open nothing write to a spare slot, which is cut off again.
+    positions = torch.full((room + 1,), -1, dtype=torch.int64, device=opens.device)
+    slots = slot_of_position.where(opens, room)
+    positions = positions.scatter_(0, slots, torch.arange(total, device=opens.device))[:room]
+    longest = cu_chunks.diff().amax() if batch else cu_chunks[0]
+    sizes = torch.stack((cu_chunks[-1], longest))
+    return wanted, kept, starts, positions, chunk_of_position, slot_of_position, cu_chunks, sizes
+
+
+@torch.library.custom_op("h_net::trim", mutates_args=())
+def _trim(positions: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of the chunks that there are, and 0, 1, ... for those of the longest."""
+    chunks, most = sizes.tolist()  # the one host read of a stage
+    return positions[:chunks].clone(), torch.arange(most, device=positions.device)
+
+
+@_trim.register_fake
+def _(positions: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    return (
+        positions.new_empty(context.new_dynamic_size()),
+        positions.new_empty(context.new_dynamic_size()),
+    )
 
 
 def _count_before(opens: Tensor) -> Tensor:
@@ -163,27 +258,27 @@ def _within_limit(opens: Tensor, cu_seqlens: Tensor, max_chunks: int) -> Tensor:
 @_segment.register_fake
 def _(
     boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch = cu_seqlens.shape[0] - 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total, batch = boundary_mask.shape[0], cu_seqlens.shape[0] - 1
     integers = torch.empty_like(boundary_mask, dtype=torch.int64)
-    chunks: int | torch.SymInt
-    most: int | torch.SymInt
-    if max_chunks is not None:
-        chunks, most = batch * max_chunks, max_chunks
-    else:
-        chunks = torch.library.get_ctx().new_dynamic_size()
-        most = torch.library.get_ctx().new_dynamic_size()
     return (
         torch.empty_like(boundary_mask),
-        integers.new_empty(chunks),
+        boundary_mask.new_empty(0 if max_chunks is None else total),
+        torch.empty_like(boundary_mask),
+        integers.new_empty(total if max_chunks is None else batch * max_chunks),
         integers,
+        torch.empty_like(integers),
         integers.new_empty(batch + 1),
-        integers.new_empty(batch, most),
+        integers.new_empty(2),
     )
 
 
 @torch.library.custom_op("h_net::gather_rows", mutates_args=())
 def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    if x.element_size() <= 8 and uses_triton(x, moves_only=True):
+        from h_net_dynamic_chunking.ops._triton.gather import gather
+
+        return gather(x, index)
     return gather_or_zero(x, index)
 
 
@@ -194,12 +289,14 @@ def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     _, index, inverse = inputs
+    ctx.backend = chosen_backend()
     ctx.save_for_backward(index, inverse)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     index, inverse = ctx.saved_tensors
-    return _gather_rows(grad, inverse, index), None, None
+    with use_backend(ctx.backend):
+        return _gather_rows(grad, inverse, index), None, None
 
 
 _gather_rows.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,51 @@
+"""Rows by index, zeros where the index is -1: compaction, and its backward pass."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.common import on_device, power_of_2
+
+# Rows are moved, not computed with: any dtype goes as the integer of its size.
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit(do_not_specialize=["M"])
+def gather_kernel(
+    x, index, out, M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_m = o_m < M
+    b_row = tl.load(index + o_m, mask=m_m, other=-1)
+    m_d = (o_d < D)[None, :]
+    m_read = (b_row >= 0)[:, None] & m_d
+    b_x = tl.load(x + b_row[:, None] * D + o_d[None, :], mask=m_read, other=0)
+    tl.store(out + o_m[:, None] * D + o_d[None, :], b_x, mask=m_m[:, None] & m_d)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` for x (rows, dim) of any dtype, with rows of zeros where the index is -1."""
+    x, index = x.contiguous(), index.contiguous()
+    rows, dim = len(index), x.shape[1]
+    out = x.new_empty(rows, dim)
+    if out.numel() == 0:
+        return out
+    integer = _INTEGER_OF_SIZE[x.element_size()]
+    block_d = min(power_of_2(dim), 1024)
+    block_m = max(1, min(256, 4096 // block_d))
+    with on_device(x):
+        gather_kernel[(triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))](
+            x=x.view(integer),
+            index=index,
+            out=out.view(integer),
+            M=rows,
+            D=dim,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return out
