@@ -1,9 +1,9 @@
 """The chunker while decoding: the next positions of every row, from what it remembers.
 
-    route         eq. (4), against the key of the position before: which positions open a chunk?
-    smooth_step   eq. (5) for rows that opened one chunk
-    smooth_next   eq. (5) and (8) for any number of positions and chunks of each row
-    add_residual  eq. (3)
+    route       eq. (4), against the key of the position before: which positions open a chunk?
+    upsample    eq. (3) and (5) to (8): smoothing from the last chunk on, expansion, residual
+
+Each for any number of positions of each row, and as `_step` for one, with kernels of its own.
 
 The inner network runs between routing and smoothing, on the chunks that were opened. Numbers are
 those of `DynamicSequenceChunker.forward` over whole sequences.
@@ -20,6 +20,7 @@ from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth, ema_smooth_step
 from h_net_dynamic_chunking.ops.expansion import expand_step
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.step_kernels import fits_step_kernels
 
 
 @dataclass
@@ -126,30 +127,98 @@ def route(
     return Routed(probs, opens)
 
 
-def smooth_step(
-    chunker: DynamicSequenceChunker, z: Tensor, probs: Tensor, cache: ChunkerCache, rows: Rows
-) -> None:
-    """Take one new chunk z (rows, dim), opened with `probs` (rows,), into the smoothing."""
-    smoothed = ema_smooth_step(
+def route_step(
+    chunker: DynamicSequenceChunker,
+    x: Tensor,
+    cache: ChunkerCache,
+    rows: Rows,
+    given: Tensor | None = None,
+) -> Routed:
+    """`route` for one position of each row: x (rows, dim), given and results (rows,)."""
+    plain = chunker.start_key is None and chunker.max_chunks is None
+    if not plain or not fits_step_kernels(x, chunker.to_queries_keys.weight, rows):
+        given = None if given is None else given[:, None]
+        probs, opens = route(chunker, x[:, None], cache, None, rows, given)
+        return Routed(probs[:, 0], opens[:, 0])
+    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+    from h_net_dynamic_chunking.ops._triton.route_step import route_step
+
+    queries_keys = linear_step(x, chunker.to_queries_keys.weight)
+    first, threshold = cache.chunks == 0, chunker.boundary_threshold
+    probs, opens = route_step(queries_keys, cache.previous_key, first, threshold, rows.active)
+    if given is not None:
+        opens = given | first
+        opens = opens if rows.active is None else opens & rows.active
+    cache.chunks += opens
+    return Routed(probs, opens)
+
+
+def upsample_step(
+    chunker: DynamicSequenceChunker,
+    z: Tensor,
+    routed: Routed,
+    x: Tensor,
+    cache: ChunkerCache,
+    rows: Rows,
+) -> Tensor:
+    """What goes to the decoder for one position of each row: (rows, dim) in x's dtype.
+
+    z:  (rows, dim): the new chunks; read only in the rows that opened one
+    x:  (rows, dim): what the encoder made of the position
+    """
+    probs, opens = routed
+    if not fits_step_kernels(x, chunker.to_queries_keys.weight, rows):
+        opening, old = rows.only(opens), rows.read(cache.smoothed)
+        weights = chunker.smoothing_weights(probs)
+        opening.write(
+            cache.smoothed, ema_smooth_step(z, weights, old, weigh_input=_weighs(chunker))
+        )
+        return _add_residual(chunker, rows.read(cache.smoothed), x)
+    from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
+    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+
+    residual, linear = None, chunker.residual_proj
+    if linear is not None:
+        residual = linear_step(x, linear.weight, bias=linear.bias, out_dtype=torch.float32)
+    return dechunk_step(
         z,
-        chunker.smoothing_weights(probs),
-        rows.read(cache.smoothed),
-        weigh_input=not chunker.multiply_by_prob,
+        cache.smoothed,
+        probs,
+        opens,
+        residual,
+        x.dtype,
+        clamp=chunker.smoothing_clamp,
+        weigh_input=_weighs(chunker),
     )
-    rows.write(cache.smoothed, smoothed)
 
 
-def smooth_next(
+def upsample(
+    chunker: DynamicSequenceChunker,
+    z: Tensor,
+    routed: Routed,
+    x: Tensor,
+    cache: ChunkerCache,
+    rows: Rows,
+) -> Tensor:
+    """What goes to the decoder for the next positions: (rows, length, dim) in x's dtype.
+
+    z:  (chunks, dim): the new chunks of all rows, packed
+    x:  (rows, length, dim): what the encoder made of the positions
+    """
+    smoothed = _smooth_and_repeat(chunker, z, routed, cache, rows)
+    return _add_residual(chunker, smoothed, x)
+
+
+def _smooth_and_repeat(
     chunker: DynamicSequenceChunker,
     z: Tensor,
     routed: Routed,
     cache: ChunkerCache,
     rows: Rows,
 ) -> Tensor:
-    """Smooth the new chunks z (chunks, dim), packed, and repeat each over its positions.
+    """Eq. (5) and (8): (rows, length, dim) in the dtype of the cache.
 
-    Positions before the first new chunk of a row are still in its old one. Returns (rows, length,
-    dim) in the dtype of the cache.
+    Positions before the first new chunk of a row are still in its old one.
     """
     probs, opens = routed
     opened = opens.cumsum(1)
@@ -160,7 +229,7 @@ def smooth_next(
         chunker.smoothing_weights(probs[opens]),
         cu_chunks,
         old,
-        weigh_input=not chunker.multiply_by_prob,
+        weigh_input=_weighs(chunker),
     )
     row = torch.arange(len(old), device=z.device)[:, None]
     newest = len(old) + cu_chunks[:-1, None] + opened - 1
@@ -169,7 +238,12 @@ def smooth_next(
     return repeated
 
 
-def add_residual(chunker: DynamicSequenceChunker, smoothed: Tensor, x: Tensor) -> Tensor:
+def _add_residual(chunker: DynamicSequenceChunker, smoothed: Tensor, x: Tensor) -> Tensor:
     """Smoothed chunks (..., dim) and the projection of what the encoder made, in x's dtype."""
     residual = None if chunker.residual_proj is None else chunker.residual(x)
     return expand_step(smoothed, residual).to(x.dtype)
+
+
+def _weighs(chunker: DynamicSequenceChunker) -> bool:
+    """Whether the smoothing multiplies a new chunk by its probability."""
+    return not chunker.multiply_by_prob

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from h_net_dynamic_chunking import chunker_inference, step_module
 from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows, check_cache_class
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
-from h_net_dynamic_chunking.chunker_inference import ChunkerCache
+from h_net_dynamic_chunking.chunker_inference import ChunkerCache, Routed
 from h_net_dynamic_chunking.layout import Layout, padded_view
 from h_net_dynamic_chunking.outputs import hidden_states
 
@@ -57,6 +57,19 @@ class HNetStep:
     stages: tuple[Decision, ...]
     """What each router decided, outermost first. After a step, the rows are those of the
     outermost stage; else the positions of a stage are the chunks of the one around it."""
+
+
+class Entered(NamedTuple):
+    """One position of each row on its way in, at one stage."""
+
+    encoded: Tensor
+    """(rows, dim): what the encoder made of it."""
+    probs: Tensor
+    """float32 (rows,): probability that it opens a chunk."""
+    opens: Tensor
+    """bool (rows,): whether it does."""
+    chunks: Tensor
+    """(rows, dim_inner): what goes on to the network where it does."""
 
 
 class HNetInference(nn.Module):
@@ -159,59 +172,71 @@ class HNetInference(nn.Module):
         boundary_masks: Sequence[Tensor | None],
     ) -> HNetStep:
         here, *deeper = boundary_masks or (None,)
+        entered = self.enter(x, cache, rows, here)
+        z, inner = self._step_chunks(entered, cache.network, rows, masked, deeper)
+        decoded = self.leave(z, entered, cache, rows)
+        return HNetStep(decoded, (Decision(entered.probs, entered.opens), *inner))
+
+    def enter(self, x: Tensor, cache: HNetCache, rows: Rows, given: Tensor | None) -> Entered:
+        """The way in, for one position of each row."""
         encoded = self._step("encoder", x, cache.encoder, rows)
-        given = None if here is None else here[:, None]
-        probs, opens = (
-            decision[:, 0]
-            for decision in chunker_inference.route(
-                self.chunker, encoded[:, None], cache.chunker, None, rows, given
-            )
+        probs, opens = chunker_inference.route_step(
+            self.chunker, encoded, cache.chunker, rows, given
         )
-        chosen = None if masked else opens.nonzero().flatten()  # the host read of the compact plan
-        inner = self._step_network(encoded, probs, opens, chosen, cache, rows, deeper)
-        smoothed = rows.read(cache.chunker.smoothed)
-        expanded = chunker_inference.add_residual(self.chunker, smoothed, encoded)
-        decoded = self._step("decoder", expanded, cache.decoder, rows)
-        cache.positions.advance(1, 1, rows)
-        return HNetStep(decoded, (Decision(probs, opens), *inner))
-
-    def _step_network(
-        self,
-        encoded: Tensor,
-        probs: Tensor,
-        opens: Tensor,
-        chosen: Tensor | None,
-        cache: HNetCache,
-        rows: Rows,
-        boundary_masks: Sequence[Tensor | None],
-    ) -> tuple[Decision, ...]:
-        """Run the network on the rows that opened a chunk, and smooth what comes back.
-
-        chosen: int64, those rows; None runs all of them, masked.
-        """
         chunks = encoded
         if self.chunker.multiply_by_prob:
             chunks = chunks * probs[:, None].to(chunks.dtype)
-        if chosen is None:
-            inner_rows = rows.only(opens)
-        else:
-            inner_rows, chunks, probs = rows.among(chosen), chunks[chosen], probs[chosen]
-            boundary_masks = [None if m is None else m[chosen] for m in boundary_masks]
-            if not len(chosen):
-                return self._no_decisions(opens.shape, probs)
-        chunks = self.width_in(chunks)
-        stages: tuple[Decision, ...] = ()
-        if isinstance(self.network, HNetInference):
-            result = self.network._step_stage(
-                chunks, cache.network, inner_rows, chosen is None, boundary_masks
-            )
-            stages, z = result.stages, result.output
-        else:
-            z = self._step("network", chunks, cache.network, inner_rows)
-        chunker_inference.smooth_step(
-            self.chunker, self.width_out(z), probs, cache.chunker, inner_rows
+        return Entered(encoded, probs, opens, self.width_in(chunks))
+
+    def leave(self, z: Tensor, entered: Entered, cache: HNetCache, rows: Rows) -> Tensor:
+        """The way out; z (rows, dim_inner) is what the network made of the chunks that opened."""
+        expanded = chunker_inference.upsample_step(
+            self.chunker,
+            self.width_out(z),
+            Routed(entered.probs, entered.opens),
+            entered.encoded,
+            cache.chunker,
+            rows,
         )
-        return stages if chosen is None else tuple(spread(s, chosen, len(opens)) for s in stages)
+        decoded = self._step("decoder", expanded, cache.decoder, rows)
+        cache.positions.advance(1, 1, rows)
+        return decoded
+
+    def _step_chunks(
+        self,
+        entered: Entered,
+        cache: Any,
+        rows: Rows,
+        masked: bool,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, tuple[Decision, ...]]:
+        """What the network makes of the chunks (rows, dim_inner), and what it decided."""
+        opens, chunks = entered.opens, entered.chunks
+        if masked:
+            return self._step_network(chunks, cache, rows.only(opens), True, boundary_masks)
+        chosen = opens.nonzero().flatten()  # the host read of the compact plan
+        if len(chosen) == len(opens):
+            return self._step_network(chunks, cache, rows, False, boundary_masks)
+        z = chunks.new_zeros(chunks.shape)
+        if not len(chosen):
+            return z, self._no_decisions(opens.shape, entered.probs)
+        masks = [None if mask is None else mask[chosen] for mask in boundary_masks]
+        some, stages = self._step_network(chunks[chosen], cache, rows.among(chosen), False, masks)
+        z = z.index_copy_(0, chosen, some)
+        return z, tuple(spread(stage, chosen, len(opens)) for stage in stages)
+
+    def _step_network(
+        self,
+        chunks: Tensor,
+        cache: Any,
+        rows: Rows,
+        masked: bool,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> tuple[Tensor, tuple[Decision, ...]]:
+        if not isinstance(self.network, HNetInference):
+            return self._step("network", chunks, cache, rows), ()
+        result = self.network._step_stage(chunks, cache, rows, masked, boundary_masks)
+        return result.output, result.stages
 
     @torch.no_grad()
     def extend(
@@ -255,8 +280,7 @@ class HNetInference(nn.Module):
         encoded = self._extend("encoder", x, cache.encoder, lens, rows)
         routed = chunker_inference.route(self.chunker, encoded, cache.chunker, lens, rows, here)
         z, inner = self._extend_network(encoded, routed, cache, rows, deeper)
-        smoothed = chunker_inference.smooth_next(self.chunker, z, routed, cache.chunker, rows)
-        expanded = chunker_inference.add_residual(self.chunker, smoothed, encoded)
+        expanded = chunker_inference.upsample(self.chunker, z, routed, encoded, cache.chunker, rows)
         decoded = self._extend("decoder", expanded, cache.decoder, lens, rows)
         cache.positions.advance(x.shape[1] if lens is None else lens, x.shape[1], rows)
         return HNetStep(decoded, (Decision(*routed), *inner))
@@ -264,7 +288,7 @@ class HNetInference(nn.Module):
     def _extend_network(
         self,
         encoded: Tensor,
-        routed: chunker_inference.Routed,
+        routed: Routed,
         cache: HNetCache,
         rows: Rows,
         boundary_masks: Sequence[Tensor | None],

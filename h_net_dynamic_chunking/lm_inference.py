@@ -6,7 +6,7 @@ ended are left out with `active`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from h_net_dynamic_chunking import step_module
 from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows
 from h_net_dynamic_chunking.config import HNetConfig
-from h_net_dynamic_chunking.h_net_inference import Decision, HNetInference, spread
+from h_net_dynamic_chunking.h_net_inference import Decision, HNetCache, HNetInference, spread
 from h_net_dynamic_chunking.layers import Isotropic
 from h_net_dynamic_chunking.layout import layout_of, padded_view
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
+from h_net_dynamic_chunking.step_graphs import StepGraphs
 
 Plan = Literal["auto", "compact", "masked"]
 
@@ -30,9 +31,13 @@ class InferenceCache:
     config: HNetConfig
     """Of the model that it belongs to."""
     positions: Positions
-    """How many bytes each row has read."""
+    """How many bytes each row has read: those of the outermost stage, if there is one."""
     backbone: Any
     """What the layers remember."""
+    graphs: dict[tuple[bool, ...], StepGraphs] = field(default_factory=dict, compare=False)
+    """On a GPU, the recorded steps: for each way in which boundaries are given."""
+    owner: Any = None
+    """The model for which the steps were recorded."""
 
     @property
     def batch_size(self) -> int:
@@ -62,6 +67,8 @@ class LMInference(nn.Module):
             ValueError: a size below 1.
         """
         backbone = self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype)
+        if isinstance(backbone, HNetCache):
+            return InferenceCache(self.config, backbone.positions, backbone)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self.embeddings.weight.device)
         return InferenceCache(self.config, Positions(seen, max_seqlen), backbone)
 
@@ -92,7 +99,7 @@ class LMInference(nn.Module):
             hidden, stages = result.output, result.stages
         else:
             hidden = self.backbone.extend(x, cache.backbone, counts, rows)
-        cache.positions.advance(length if counts is None else counts, length)
+            cache.positions.advance(length if counts is None else counts, length)
         hidden = hidden if layout.padded else layout.unpack(padded.pack(hidden))
         return self._output(self.lm_head(hidden), stages)
 
@@ -115,7 +122,7 @@ class LMInference(nn.Module):
                 and get logits of 0. None: all.
             plan: "compact" runs each stage on the rows that reach it; "masked" runs all rows and
                 lets those change that reach it, with static shapes. The numbers are the same.
-                "auto" takes the compact one.
+                "auto" takes the compact one, and on a GPU the masked one, recorded as CUDA graphs.
             boundary_masks: bool (batch,) for each stage, outermost first: whether a chunk opens, in
                 place of the router's word.
 
@@ -129,6 +136,8 @@ class LMInference(nn.Module):
         check_ids("input_ids", input_ids, self.config.vocab_size)
         check_plan(plan)
         check_active(active, batch_size)
+        if input_ids.is_cuda and plan != "compact":
+            return self._replay(input_ids.flatten(), inference_params, active, boundary_masks)
         masked = plan == "masked"
         rows = Rows(active=active)
         if active is not None and not masked:
@@ -146,6 +155,54 @@ class LMInference(nn.Module):
         elif active is not None:
             logits = logits.where(active[:, None], 0)
         return self._output(logits[:, None], stages)
+
+    def _replay(
+        self,
+        ids: Tensor,
+        cache: InferenceCache,
+        active: Tensor | None,
+        boundary_masks: Sequence[Tensor | None],
+    ) -> HNetLMOutput:
+        """The masked step as CUDA graphs."""
+        graphs = self.recorded_step(cache, len(ids), tuple(m is not None for m in boundary_masks))
+        cache.positions.check_room(1, Rows(active=active))
+        graphs.load(ids, active, boundary_masks)
+        graphs.replay()
+        assert graphs.logits is not None
+        logits = graphs.logits.clone()
+        logits = logits if active is None else logits.where(active[:, None], 0)
+        stages = tuple(Decision(*(part.clone() for part in d)) for d in graphs.decisions)
+        return self._output(logits[:, None], stages)
+
+    def recorded_step(
+        self, cache: InferenceCache, batch_size: int, given: tuple[bool, ...] = ()
+    ) -> StepGraphs:
+        """The step on this cache, recorded when it is first asked for.
+
+        Raises:
+            ValueError: a cache that is not of this model.
+        """
+        if (
+            not isinstance(cache, InferenceCache)
+            or cache.owner is not self
+            or given not in cache.graphs
+        ):
+            self._checked(cache, batch_size, 0, ALL_ROWS, None)
+            if cache.owner is not self:
+                cache.graphs, cache.owner = {}, self
+            cache.graphs[given] = StepGraphs(
+                self.embeddings,
+                self.backbone,
+                self.lm_head,
+                cache.backbone,
+                batch_size,
+                self.embeddings.weight.device,
+                given,
+                None if isinstance(cache.backbone, HNetCache) else cache.positions,
+            )
+        elif cache.batch_size != batch_size:
+            self._checked(cache, batch_size, 0, ALL_ROWS, None)
+        return cache.graphs[given]
 
     def _step_rows(
         self,
@@ -166,7 +223,7 @@ class LMInference(nn.Module):
             hidden, stages = result.output, result.stages
         else:
             hidden = self.backbone.step(x, cache.backbone, rows)
-        cache.positions.advance(1, 1, rows)
+            cache.positions.advance(1, 1, rows)
         return hidden, stages
 
     def _checked(

@@ -5,12 +5,8 @@ Plain torch on any device; each is an ordinary module, and any other module can 
 
 from h_net_dynamic_chunking.layers.attention import CausalAttention
 from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
-from h_net_dynamic_chunking.layers.isotropic import (
-    Block,
-    Isotropic,
-    MixerFactory,
-    parse_layout,
-)
+from h_net_dynamic_chunking.layers.block import Block
+from h_net_dynamic_chunking.layers.isotropic import Isotropic, MixerFactory, parse_layout
 from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm

@@ -80,8 +80,10 @@ class AttentionCache:
 
     @property
     def _in_use(self) -> int:
-        """How many slots may hold something."""
-        return self.slots if self.ring else min(self.positions.bound, self.slots)
+        """How many slots may hold something; all of them, for a step that is being recorded."""
+        if self.ring or (self.keys.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self.slots
+        return min(self.positions.bound, self.slots)
 
     def append(
         self, key: Tensor, value: Tensor, rows: Rows = ALL_ROWS

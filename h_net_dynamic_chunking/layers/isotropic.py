@@ -6,7 +6,6 @@ is the mixer alone; upper case adds a SwiGLU. Every layer is pre-norm, and a nor
     h += mixer(norm1(h));   upper case: h += mlp(norm2(h));   out = rmsnorm(h)
 """
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,60 +25,14 @@ from h_net_dynamic_chunking.layers._checks import (
 )
 from h_net_dynamic_chunking.layers._packed import longest, zero_tail
 from h_net_dynamic_chunking.layers.attention import CausalAttention
+from h_net_dynamic_chunking.layers.block import Block
+from h_net_dynamic_chunking.layers.fused_step import can_fuse, fused_step
 from h_net_dynamic_chunking.layers.mamba2 import Mamba2
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 MixerFactory = Callable[[int], nn.Module]
-
-
-class Block(nn.Module):
-    """Add a mixer, then perhaps an MLP, to the residual stream; each sees it through its norm.
-
-    h, out: (batch, length, d_model), float32 or float64; packed (total, d_model) with `cu_seqlens`,
-            which goes on to the mixer, as does `max_seqlen` if the mixer's forward names it
-    """
-
-    def __init__(self, mixer: nn.Module, d_model: int, mlp: SwiGLU | None = None) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(d_model)
-        self.mixer = mixer
-        # Without an MLP both stay None, and so leave no key in the state dict.
-        self.norm2 = RMSNorm(d_model) if mlp is not None else None
-        self.mlp = mlp
-        self.lengths = _lengths_named_by(mixer)  # dynamo cannot trace the inspection
-
-    def forward(
-        self, h: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
-    ) -> Tensor:
-        lengths: dict[str, Any] = {}
-        if cu_seqlens is not None:
-            offers = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-            lengths = {name: offers[name] for name in self.lengths}
-        return self._add_mlp(h + self.mixer(self.norm1(h), **lengths))
-
-    def step(self, h: Tensor, cache: Any, rows: Rows = ALL_ROWS) -> Tensor:
-        """One position: h, out (rows, d_model)."""
-        return self._add_mlp(h + step_module.step("mixer", self.mixer, self.norm1(h), cache, rows))
-
-    def extend(self, h: Tensor, cache: Any, lens: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
-        """The next positions: h, out (rows, length, d_model)."""
-        return self._add_mlp(
-            h + step_module.extend("mixer", self.mixer, self.norm1(h), cache, lens, rows)
-        )
-
-    def _add_mlp(self, h: Tensor) -> Tensor:
-        if self.norm2 is not None and self.mlp is not None:
-            h = h + self.mlp(self.norm2(h))
-        return h
-
-
-def _lengths_named_by(mixer: nn.Module) -> list[str]:
-    """Which of `cu_seqlens` and `max_seqlen` the mixer's forward names."""
-    mixer = getattr(mixer, "_orig_mod", mixer)  # torch.compile hides the signature behind *args
-    names = inspect.signature(mixer.forward).parameters
-    return [name for name in ("cu_seqlens", "max_seqlen") if name in names]
 
 
 class Isotropic(nn.Module):
@@ -215,6 +168,8 @@ class Isotropic(nn.Module):
         """
         check_step_input(x, self.d_model)
         rows = self._checked(caches, x, 1, rows)
+        if can_fuse(self._blocks, x, self.rmsnorm.weight, rows):
+            return fused_step(self._blocks, self.rmsnorm, x, caches, rows)
         h = x.to(accumulation_dtype(x.dtype))
         for block, cache in zip(self._blocks, caches, strict=True):
             h = block.step(h, cache, rows)

@@ -7,7 +7,7 @@ never raises. Asking for "triton" by name raises ValueError where the kernels ca
 import logging
 import os
 from contextvars import ContextVar, Token
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -122,7 +122,7 @@ def uses_triton(x: Tensor, *, moves_only: bool = False) -> bool:
     return False
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reason(device: torch.device, dtype: torch.dtype | None, by_name: bool) -> str | None:
     return why_not_triton(device.type, dtype, _machine(device), by_name=by_name)
 
@@ -136,6 +136,6 @@ def _machine(device: torch.device) -> Machine:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_once(reason: str) -> None:
     _logger.warning("torch operations in place of Triton kernels: %s", reason)

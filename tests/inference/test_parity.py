@@ -25,19 +25,20 @@ def feed(
     Row r takes pieces[r][i] bytes in call i. Calls of at most one byte in each row are steps; the
     pads of the others hold any bytes.
     """
+    device = ids.device
     cache = model.allocate_inference_cache(len(ids), ids.shape[1])
     done = [0] * len(ids)
     logits: list[list[Tensor]] = [[] for _ in ids]
     boundaries: list[list[list[Tensor]]] = [[[] for _ in range(model.config.stages)] for _ in ids]
     for lens in zip(*pieces, strict=True):
-        piece = torch.full((len(ids), max(lens)), 77)
+        piece = ids.new_full((len(ids), max(lens)), 77)
         for row, n in enumerate(lens):
             piece[row, :n] = ids[row, done[row] : done[row] + n]
         if max(lens) == 1:
-            active = torch.tensor(lens) > 0
+            active = torch.tensor(lens, device=device) > 0
             out = model.step(piece, cache, active=active, plan=plan)
         else:
-            out = model(piece, lens=torch.tensor(lens), inference_params=cache)
+            out = model(piece, lens=torch.tensor(lens, device=device), inference_params=cache)
         for row, n in enumerate(lens):
             logits[row].append(out.logits[row, :n])
             done[row] += n

@@ -12,9 +12,7 @@ _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 
 
 @triton.jit(do_not_specialize=["M"])
-def gather_kernel(
-    x, index, out, M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def gather_kernel(x, index, out, M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,0 +1,230 @@
+"""The masked step of an HNetLM as CUDA graphs: what the host would launch, launched at once.
+
+A step has static shapes, so that it is recorded once and replayed for each byte. For many rows it
+is one graph. For few rows it is cut where a stage is entered and left: after the way in, the host
+reads whether any row opened a chunk, and leaves out all that is inside where none did.
+
+    enter 0 | enter 1 | ... | main network | ... | leave 1 | leave 0 and head
+
+The recorded kernels hold the addresses of the caches. When attention needs more slots than there
+are, the caches grow and everything is recorded again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.cache import Positions, Rows
+from h_net_dynamic_chunking.h_net_inference import Decision, Entered, HNetCache, HNetInference
+from h_net_dynamic_chunking.layers import AttentionCache
+
+# Up to so many rows it happens often enough that none of them opens a chunk.
+_ROWS_THAT_REST = 8
+
+
+class StepGraphs:
+    """The recorded step of one model on one cache.
+
+    Args:
+        embed: ids (batch,) -> (batch, dim).
+        backbone: an HNet, or a stack without stages.
+        head: (batch, dim) -> logits (batch, vocab).
+        cache: of the backbone; its tensors are changed in place by every replay.
+        batch_size: rows.
+        device: of all.
+        given: whether boundaries come from outside, for each stage.
+        positions: of the rows, where there is no stage that counts them.
+    """
+
+    def __init__(
+        self,
+        embed: Callable[[Tensor], Tensor],
+        backbone: Any,
+        head: Callable[[Tensor], Tensor],
+        cache: Any,
+        batch_size: int,
+        device: torch.device,
+        given: Sequence[bool],
+        positions: Positions | None = None,
+    ) -> None:
+        self._embed, self._backbone, self._head, self._cache = embed, backbone, head, cache
+        self._stages = _stages_of(backbone, cache)
+        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.active = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.given = [torch.zeros_like(self.active) if is_given else None for is_given in given]
+        self.given += [None] * (len(self._stages) - len(self.given))
+        self._rests = batch_size <= _ROWS_THAT_REST and bool(self._stages)
+        self._fired = torch.zeros(max(len(self._stages), 1), dtype=torch.bool, pin_memory=True)
+        self._attention = _found(cache, AttentionCache)
+        self._counted = positions
+        self._all_positions: list[Positions] = _found([cache, positions], Positions)
+        self._all_active = False
+        self._entered: list[Entered] = []
+        self._z: Tensor | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._positions: list[list[Positions]] = []
+        self.logits: Tensor | None = None
+        self._record()
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What each router decided in the last step: overwritten by the next."""
+        return tuple(Decision(entered.probs, entered.opens) for entered in self._entered)
+
+    def load(
+        self, ids: Tensor, active: Tensor | None, boundary_masks: Sequence[Tensor | None]
+    ) -> None:
+        """Put in what the next replay reads: all of shape (batch,)."""
+        self.ids.copy_(ids)
+        if active is not None:
+            self.active.copy_(active)
+            self._all_active = False
+        elif not self._all_active:
+            self.active.fill_(True)
+            self._all_active = True
+        for static, mask in zip(self.given, boundary_masks, strict=False):
+            if static is not None and mask is not None:
+                static.copy_(mask)
+
+    def replay(self) -> None:
+        """Read `ids` in the rows that are `active`; `logits` and `decisions` are new then."""
+        if any(not cache.ring and _is_full(cache) for cache in self._attention):
+            self._record()
+        if self._rests:
+            self._replay_stage(0)
+        else:
+            self._replay(0)
+
+    def _replay(self, segment: int) -> None:
+        self._graphs[segment].replay()
+        for positions in self._positions[segment]:
+            positions.bound += 1
+
+    def _replay_stage(self, stage: int) -> None:
+        """Segments: enter 0 .. enter S-1, the main network, leave S-1 .. leave 0."""
+        depth = len(self._stages)
+        if stage == depth:
+            self._replay(depth)
+            return
+        self._replay(stage)
+        torch.cuda.current_stream().synchronize()  # the host read of a step that may rest
+        if self._fired[stage]:
+            self._replay_stage(stage + 1)
+        elif stage + 1 < depth:
+            self._forget(stage + 1)
+        self._replay(2 * depth - stage)
+
+    def _forget(self, stage: int) -> None:
+        """No row came so far in: nothing was decided there."""
+        for entered in self._entered[stage:]:
+            entered.probs.zero_()
+            entered.opens.zero_()
+
+    def _record(self) -> None:
+        """Run the step once with no row active, which changes no cache, then record it."""
+        bounds = [positions.bound for positions in self._all_positions]
+        for cache in self._attention:
+            cache.reserve(1)
+        active = self.active.clone()
+        self.active.zero_()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for segment in self._segments():
+                segment()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graphs, self._positions = [], []
+        pool = torch.cuda.graph_pool_handle()
+        for segment in self._segments():
+            before = [positions.bound for positions in self._all_positions]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                segment()
+            self._graphs.append(graph)
+            self._positions.append(
+                [p for p, old in zip(self._all_positions, before, strict=True) if p.bound != old]
+            )
+        for positions, bound in zip(self._all_positions, bounds, strict=True):
+            positions.bound = bound
+        self.active.copy_(active)
+
+    def _segments(self) -> list[Callable[[], None]]:
+        """What to record, in order."""
+        depth = len(self._stages)
+        self._entered = []
+        ways_in = [lambda s=s: self._enter(s) for s in range(depth)]
+        ways_out = [lambda s=s: self._leave(s) for s in reversed(range(depth))]
+        steps = [*ways_in, self._run_main_network, *ways_out]
+        if self._rests:
+            return steps
+
+        def all_at_once() -> None:
+            for step in steps:
+                step()
+
+        return [all_at_once]
+
+    def _enter(self, stage: int) -> None:
+        network, cache = self._stages[stage]
+        if stage == 0:
+            x, rows = self._embed(self.ids), Rows(active=self.active, checked=True)
+        else:
+            outer = self._entered[stage - 1]
+            x, rows = outer.chunks, Rows(active=outer.opens, checked=True)
+        self._entered.append(network.enter(x, cache, rows, self.given[stage]))
+        if self._rests:
+            self._fired[stage : stage + 1].copy_(
+                self._entered[stage].opens.any()[None], non_blocking=True
+            )
+
+    def _run_main_network(self) -> None:
+        if not self._stages:
+            rows = Rows(active=self.active, checked=True)
+            self._finish(self._backbone.step(self._embed(self.ids), self._cache, rows))
+            if self._counted is not None:
+                self._counted.advance(1, 1, rows)
+            return
+        network, cache = self._stages[-1]
+        entered = self._entered[-1]
+        rows = Rows(active=entered.opens, checked=True)
+        self._z, _ = network._step_network(entered.chunks, cache.network, rows, True, ())
+
+    def _leave(self, stage: int) -> None:
+        network, cache = self._stages[stage]
+        active = self.active if stage == 0 else self._entered[stage - 1].opens
+        rows = Rows(active=active, checked=True)
+        assert self._z is not None
+        self._z = network.leave(self._z, self._entered[stage], cache, rows)
+        if stage == 0:
+            self._finish(self._z)
+
+    def _finish(self, hidden: Tensor) -> None:
+        self.logits = self._head(hidden)
+
+
+def _stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache]]:
+    """The stages with a chunker and their caches, outermost first."""
+    stages = []
+    while isinstance(backbone, HNetInference):
+        stages.append((backbone, cache))
+        backbone, cache = backbone.network, cache.network
+    return stages
+
+
+def _is_full(cache: AttentionCache) -> bool:
+    return cache.positions.bound + 1 > cache.slots
+
+
+def _found(cache: Any, wanted: type) -> list[Any]:
+    """The parts of a cache that are of a class."""
+    if isinstance(cache, wanted):
+        return [cache]
+    if isinstance(cache, (list, tuple)):
+        return [part for entry in cache for part in _found(entry, wanted)]
+    if dataclasses.is_dataclass(cache) and not isinstance(cache, type):
+        entries = [getattr(cache, entry.name) for entry in dataclasses.fields(cache)]
+        return [part for entry in entries for part in _found(entry, wanted)]
+    return []

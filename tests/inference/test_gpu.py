@@ -1,0 +1,105 @@
+"""Decoding on a GPU: kernels for few rows and CUDA graphs, against one forward."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking import HNetLM
+from h_net_dynamic_chunking.ops.backend import Backend, use_backend
+from tests.inference.models import CONFIGS, random_ids, random_model
+from tests.inference.test_parity import feed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# Few rows, whose steps may rest, and many, whose steps are one graph.
+BATCHES = [3, 20]
+LENGTH = 40
+
+
+def pieces(batch: int) -> list[list[int]]:
+    """A prompt, steps in which every fifth row waits, and the rest at once."""
+    rows = []
+    for row in range(batch):
+        prompt = 1 + 3 * row % 11
+        steps = [0 if (row + t) % 5 == 0 else 1 for t in range(20)]
+        rows.append([prompt, *steps, LENGTH - prompt - sum(steps)])
+    return rows
+
+
+def gpu_model(name: str, dtype: torch.dtype) -> HNetLM:
+    return random_model(name, dtype).cuda()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("plan", ["auto", "compact"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_equal_forward(name: str, plan: str, batch: int, backend: Backend) -> None:
+    """float32 within 1e-4, whatever runs the step."""
+    model, ids = gpu_model(name, torch.float32), random_ids(batch, LENGTH).cuda()
+    with torch.no_grad(), use_backend("torch"):
+        want = model(ids)
+    with use_backend(backend):
+        got, boundaries = feed(model, ids, pieces(batch), plan)
+    assert float((got - want.logits).abs().max()) < 1e-4
+    for row, stages in enumerate(boundaries):
+        for counts, stage in zip(stages, want.stages, strict=True):
+            assert int(sum(counts)) == int(stage.boundary_mask[row].sum())
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_caches_that_grow_are_recorded_again(batch: int) -> None:
+    """300 chunks of one byte, more than the 256 slots that attention begins with."""
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(batch, 300).cuda()
+    every = torch.ones(batch, dtype=torch.bool, device="cuda")
+    with torch.no_grad():
+        want = model(ids, boundary_masks=[every[:, None].expand(-1, 300)]).logits
+    cache = model.allocate_inference_cache(batch, 300)
+    outs = [
+        model.step(ids[:, t], cache, boundary_masks=[every]).logits for t in range(ids.shape[1])
+    ]
+    assert float((torch.cat(outs, 1) - want).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16(name: str, batch: int) -> None:
+    """With given boundaries, at most twice the error of the layers' own steps in torch."""
+    exact = gpu_model(name, torch.float32)
+    ids = random_ids(batch, LENGTH).cuda()
+    stages = exact.config.stages
+    masks = [(torch.arange(LENGTH, device="cuda") % 2 == 0).expand(batch, -1)] * min(stages, 1)
+    with torch.no_grad():
+        want = exact(ids, boundary_masks=masks).logits
+    model = gpu_model(name, torch.float32).bfloat16()
+
+    def error(backend: Backend, plan: Any) -> Tensor:
+        cache = model.allocate_inference_cache(batch, LENGTH)
+        outs = []
+        with use_backend(backend):
+            for t in range(LENGTH):
+                given = [mask[:, t] for mask in masks]
+                outs.append(model.step(ids[:, t], cache, plan=plan, boundary_masks=given).logits)
+        return (torch.cat(outs, 1).float() - want).square().mean().sqrt()
+
+    assert error("triton", "auto") < 2 * error("torch", "compact") + 1e-6
+
+
+def test_a_row_alone_gives_the_row_in_a_batch() -> None:
+    """Greedy bytes, float32: 1 row beside 20."""
+    model, ids = gpu_model("three_stages", torch.float32), random_ids(20, 10).cuda()
+
+    def continuation(prompt: Tensor) -> Tensor:
+        cache = model.allocate_inference_cache(len(prompt), 60)
+        logits = model(prompt, inference_params=cache).logits[:, -1]
+        new = []
+        for _ in range(40):
+            new.append(logits.argmax(-1))
+            logits = model.step(new[-1], cache).logits[:, 0]
+        return torch.stack(new, 1)
+
+    together = continuation(ids)
+    for row in (0, 7, 19):
+        assert torch.equal(continuation(ids[row : row + 1])[0], together[row])
