@@ -11,10 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from h_net_dynamic_chunking.config_checks import (
+    check_attention,
+    check_integer,
+    check_integers,
+    check_mamba,
+    is_number,
+    nested_layout,
+    one_entry_each,
+    require,
+)
 from h_net_dynamic_chunking.layers.isotropic import parse_layout
 
-# How a layout nests: one string in a list, or encoder, inner layout, decoder.
+# How a layout nests: one string alone, or encoder, inner layout, decoder. Kept as tuples.
 ArchLayout = Sequence[Any]
+
+# What the official JSON format has no place for.
+_NOT_OFFICIAL = ("target_ratio", "ratio_loss_weight", "smoothing_clamp")
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,8 @@ class SSMConfig:
     d_conv: int = 4
     expand: int = 2
     chunk_size: int = 256
+    """Kept for the official files, and not used. It changes the speed of a scan and none of its
+    numbers: the official kernels want 256, the scan of `layers.Mamba2` is fastest at its own 64."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +75,19 @@ class HNetConfig:
     tie_embeddings: bool = False
     target_ratio: tuple[float, ...] = ()
     """N of the ratio loss of each stage with a chunker; 6 for one stage, 3 each for more."""
+    ratio_loss_weight: float = 0.03
+    """alpha of the ratio loss; 0.03 in every experiment of the paper."""
+    smoothing_clamp: float = 0.0
+    """The smoothing clamps its probabilities to [c, 1 - c]. The official code has 1e-4; 0 leaves
+    them alone, as the paper does."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arch_layout", _as_lists(self.arch_layout))
+        object.__setattr__(self, "arch_layout", nested_layout(self.arch_layout))
+        for name, kind in (("ssm_cfg", SSMConfig), ("attn_cfg", AttentionConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"{name} must be an {kind.__name__}, got {type(getattr(self, name)).__name__}"
+                )
         levels = len(self.levels())
         for name, fallback in (
             ("d_model", None),
@@ -70,29 +95,57 @@ class HNetConfig:
             ("target_ratio", 6.0 if levels == 2 else 3.0),
         ):
             wanted = levels - 1 if name == "target_ratio" else levels
-            object.__setattr__(self, name, _filled(name, getattr(self, name), wanted, fallback))
+            values = one_entry_each(name, getattr(self, name), wanted, fallback)
+            object.__setattr__(self, name, values)
         filled = {
-            name: _filled(f"attn_cfg.{name}", getattr(self.attn_cfg, name), levels, fallback)
+            name: one_entry_each(f"attn_cfg.{name}", getattr(self.attn_cfg, name), levels, fallback)
             for name, fallback in (("num_heads", 16), ("rotary_emb_dim", 0), ("window_size", -1))
         }
         object.__setattr__(self, "attn_cfg", AttentionConfig(**filled))
         self._check_values()
+        for stage, layouts in enumerate(self.levels()):
+            self._check_stage(stage, "".join(layouts))
 
     def _check_values(self) -> None:
-        if min(self.d_model) < 1 or list(self.d_model) != sorted(self.d_model):
-            raise ValueError(f"d_model must be positive and never fall, got {list(self.d_model)}")
-        if self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
-        if any(ratio <= 1 for ratio in self.target_ratio):
-            raise ValueError(f"target_ratio must be above 1, got {list(self.target_ratio)}")
-        for stage, (letters, width) in enumerate(
-            zip(map("".join, self.levels()), self.d_intermediate, strict=True)
-        ):
-            if any(letter.isupper() for letter in letters) and width < 1:
-                raise ValueError(
-                    f"d_intermediate must be positive at stage {stage}, whose layout "
-                    f"has layers with an MLP, got {width}"
-                )
+        check_integers("d_model", self.d_model, 1)
+        if list(self.d_model) != sorted(self.d_model):
+            raise ValueError(f"d_model must never fall, got {list(self.d_model)}")
+        check_integer("vocab_size", self.vocab_size, 1)
+        check_integers("d_intermediate", self.d_intermediate)
+        for part, name in ((self.ssm_cfg, "ssm_cfg"), (self.attn_cfg, "attn_cfg")):
+            for key, value in vars(part).items():
+                check = check_integers if isinstance(value, tuple) else check_integer
+                check(f"{name}.{key}", value)
+        require(
+            isinstance(self.tie_embeddings, bool),
+            "tie_embeddings",
+            "true or false",
+            self.tie_embeddings,
+        )
+        for stage, ratio in enumerate(self.target_ratio):
+            fits = is_number(ratio) and ratio > 1
+            require(fits, f"target_ratio[{stage}]", "a finite number above 1", ratio)
+        weight, clamp = self.ratio_loss_weight, self.smoothing_clamp
+        fits = is_number(weight) and weight >= 0
+        require(fits, "ratio_loss_weight", "a finite number of at least 0", weight)
+        fits = is_number(clamp) and 0 <= clamp < 0.5
+        require(fits, "smoothing_clamp", "a number in [0, 0.5)", clamp)
+
+    def _check_stage(self, stage: int, letters: str) -> None:
+        """What the layers of one stage read; the rest of its entries may be anything."""
+        width, ssm, attention = self.d_model[stage], self.ssm_cfg, self.attn_cfg
+        if any(map(str.isupper, letters)):
+            check_integer(f"d_intermediate[{stage}]", self.d_intermediate[stage], 1)
+        if "t" in letters.lower():
+            check_attention(
+                stage,
+                width,
+                attention.num_heads[stage],
+                attention.rotary_emb_dim[stage],
+                attention.window_size[stage],
+            )
+        if "m" in letters.lower():
+            check_mamba(stage, width, ssm.d_state, ssm.d_conv, ssm.expand)
 
     @property
     def stages(self) -> int:
@@ -117,8 +170,7 @@ class HNetConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
-        # A copy, because the lists in it could be changed.
-        return cls.from_dict(PRESETS[name].to_dict())
+        return PRESETS[name]
 
     @classmethod
     def create_reasonable_config(cls, D: Sequence[int], arch: Sequence[str]) -> "HNetConfig":
@@ -128,13 +180,14 @@ class HNetConfig:
         cover half of a head, and the outer stages look 1024 positions back.
 
         >>> HNetConfig.create_reasonable_config(D=[512, 1024], arch=["m4", "T9"]).arch_layout
-        ['m4', ['T9'], 'm4']
+        ('m4', ('T9',), 'm4')
         """
         if len(D) != len(arch) or not D:
             raise ValueError(f"D and arch must have one entry a level, got {D} and {arch}")
-        layout: list[Any] = [arch[-1]]
+        check_integers("D", D, 1)
+        layout: tuple[Any, ...] = nested_layout([arch[-1]])
         for encoder in reversed(arch[:-1]):
-            layout = [encoder, layout, _mirrored(encoder)]
+            layout = (encoder, layout, _mirrored(encoder))
         heads = tuple(_heads(dim) for dim in D)
         return cls(
             arch_layout=layout,
@@ -155,7 +208,7 @@ class HNetConfig:
         """Read a JSON file, official ones as they are.
 
         Raises:
-            ValueError: not JSON, an unknown key, or entries that do not fit together.
+            ValueError: not JSON, an unknown key, or an entry that cannot be; the file is named.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -165,7 +218,10 @@ class HNetConfig:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-        return cls.from_dict(content)
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "HNetConfig":
@@ -189,48 +245,20 @@ class HNetConfig:
     def to_json(self, path: str | Path, *, official: bool = False) -> None:
         """Write the configuration where `from_json` reads it.
 
-        `official` leaves out what the official format does not know: the target ratios.
+        `official` leaves out what the official format does not know: the target ratios, the
+        weight of the ratio loss and the clamp of the smoothing.
         """
         content = self.to_dict()
         if official:
-            del content["target_ratio"]
+            content = {key: value for key, value in content.items() if key not in _NOT_OFFICIAL}
         Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _as_lists(layout: ArchLayout) -> list[Any]:
-    """A checked copy of a layout."""
-    if isinstance(layout, str) or not isinstance(layout, Sequence) or len(layout) not in (1, 3):
-        raise ValueError(
-            f'arch_layout must be ["T9"], or [encoder, inner layout, decoder], got {layout!r}'
-        )
-    strings = (layout[0], layout[-1])
-    if not all(isinstance(text, str) for text in strings):
-        raise ValueError(f"arch_layout must name its stacks by strings, got {layout!r}")
-    for text in strings:
-        parse_layout(text)
-    return [layout[0]] if len(layout) == 1 else [layout[0], _as_lists(layout[1]), layout[2]]
-
-
-def _filled(name: str, values: Any, wanted: int, fallback: Any) -> tuple[Any, ...]:
-    """`values` as a tuple of `wanted` entries; the fallback everywhere if there are none."""
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"{name} must be a list, got {values!r}")
-    if not values and fallback is not None:
-        return (fallback,) * wanted
-    if not all(isinstance(value, (int, float)) for value in values):
-        raise ValueError(f"{name} must hold numbers, got {list(values)}")
-    if len(values) != wanted:
-        raise ValueError(
-            f"{name} must have {wanted} entries for this arch_layout, got {list(values)}"
-        )
-    return tuple(values)
 
 
 def _known(cls: type, content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a mapping, got {type(content).__name__}")
     names = {entry.name for entry in dataclasses.fields(cls)}
-    unknown = sorted(content.keys() - names)
+    unknown = sorted(map(str, content.keys() - names))
     if unknown:
         raise ValueError(f"{where} has unknown entries {unknown}; it knows {sorted(names)}")
     return dict(content)

@@ -7,6 +7,7 @@ shared pad vector and slice of section 2.1.2.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from h_net_dynamic_chunking import checkpoints
 from h_net_dynamic_chunking.config import PRESETS, HNetConfig
+from h_net_dynamic_chunking.config_checks import MAMBA_HEAD_DIM
 from h_net_dynamic_chunking.files import whole
 from h_net_dynamic_chunking.flops import flops_per_byte
 from h_net_dynamic_chunking.h_net import HNet
@@ -31,7 +33,6 @@ from h_net_dynamic_chunking.scaling import (
 )
 from h_net_dynamic_chunking.sequence_module import call_module
 
-RATIO_LOSS_WEIGHT = 0.03  # alpha in every experiment of the paper
 IGNORED = -100
 
 
@@ -40,9 +41,10 @@ class HNetLM(LMInference):
 
     Args:
         config: its sizes.
-        ratio_loss_weight: alpha of the ratio loss.
-        smoothing_clamp: the smoothing clamps its probabilities to [c, 1 - c]; the official code
-            has 1e-4. None leaves them alone, as the paper does.
+        ratio_loss_weight: in place of the configuration's, if given.
+        smoothing_clamp: in place of the configuration's, if given; 0 clamps nothing.
+
+    `config` keeps what was given, and `save_pretrained` with it.
 
     >>> model = HNetLM(HNetConfig.create_reasonable_config(D=[64, 128], arch=["m1", "T1"]))
     >>> model(torch.randint(256, (2, 30))).logits.shape
@@ -55,14 +57,17 @@ class HNetLM(LMInference):
         self,
         config: HNetConfig,
         *,
-        ratio_loss_weight: float = RATIO_LOSS_WEIGHT,
+        ratio_loss_weight: float | None = None,
         smoothing_clamp: float | None = None,
     ) -> None:
         super().__init__()
+        if ratio_loss_weight is not None:
+            config = replace(config, ratio_loss_weight=ratio_loss_weight)
+        if smoothing_clamp is not None:
+            config = replace(config, smoothing_clamp=smoothing_clamp)
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
-        options = {"ratio_loss_weight": ratio_loss_weight, "smoothing_clamp": smoothing_clamp}
-        self.backbone = _build(config, 0, options)
+        self.backbone = _build(config, 0)
         self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embeddings.weight
@@ -210,10 +215,7 @@ class HNetLM(LMInference):
         raise ValueError(f"name_or_path: {folder} holds no config.json")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, which `from_pretrained` reads.
-
-        The options of the constructor are not part of the configuration: give them again there.
-        """
+        """Write config.json and model.safetensors, which `from_pretrained` reads."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.write_safetensors(self.state_dict(), folder / "model.safetensors")
@@ -223,7 +225,8 @@ class HNetLM(LMInference):
     def save_official(self, config_json: str | Path, weights: str | Path) -> None:
         """Write the configuration and the state dict as the official code reads them.
 
-        Target ratios have no place in the official format and are left out.
+        Target ratios, the weight of the ratio loss and the clamp of the smoothing have no place in
+        the official format and are left out.
         """
         official = checkpoints.to_official(self.state_dict(), self.config.stages)
         with whole(Path(weights)) as part:
@@ -339,7 +342,7 @@ def _run_stack(stack: Isotropic, x: Tensor, layout: Layout) -> Tensor:
     return call_module("backbone", stack, x, layout)[0]
 
 
-def _build(config: HNetConfig, level: int, options: dict[str, Any]) -> HNet | Isotropic:
+def _build(config: HNetConfig, level: int) -> HNet | Isotropic:
     """The stage at `level` and all inside it."""
     stacks = [_stack(config, level, layout) for layout in config.levels()[level]]
     if level == config.stages:
@@ -347,13 +350,14 @@ def _build(config: HNetConfig, level: int, options: dict[str, Any]) -> HNet | Is
     encoder, decoder = stacks
     return HNet(
         encoder,
-        _build(config, level + 1, options),
+        _build(config, level + 1),
         decoder,
         dim=config.d_model[level],
         dim_inner=config.d_model[level + 1],
         width_change="pad",
         target_avg_token_length=config.target_ratio[level],
-        **options,
+        ratio_loss_weight=config.ratio_loss_weight,
+        smoothing_clamp=config.smoothing_clamp or None,
     )
 
 
@@ -363,7 +367,12 @@ def _stack(config: HNetConfig, level: int, layout: str) -> Isotropic:
     return Isotropic(
         layout,
         config.d_model[level],
-        ssm={"d_state": ssm.d_state, "d_conv": ssm.d_conv, "expand": ssm.expand}
+        ssm={
+            "d_state": ssm.d_state,
+            "d_conv": ssm.d_conv,
+            "expand": ssm.expand,
+            "head_dim": MAMBA_HEAD_DIM,
+        }
         if "m" in letters
         else None,
         attention={

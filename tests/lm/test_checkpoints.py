@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from h_net_dynamic_chunking import HNetConfig, HNetLM
+from h_net_dynamic_chunking import DynamicSequenceChunker, HNetConfig, HNetLM
 from h_net_dynamic_chunking.checkpoints import from_official, read_weights, to_official
 
 CONFIG = HNetConfig.create_reasonable_config(D=[32, 32, 64], arch=["m1", "T1m1", "T1"])
@@ -65,6 +65,23 @@ def test_save_pretrained_round_trip(official: tuple[HNetLM, Path, Path], tmp_pat
     assert same_state(HNetLM.from_pretrained(tmp_path / "saved"), model)
     wide = HNetLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+
+def test_a_saved_model_remembers_its_options(tmp_path: Path) -> None:
+    """Weight of the ratio loss and clamp of the smoothing; both can be given anew."""
+    pytest.importorskip("safetensors")
+    HNetLM(CONFIG, ratio_loss_weight=0.5, smoothing_clamp=1e-4).save_pretrained(tmp_path)
+
+    def of_chunkers(model: HNetLM) -> set[tuple[float, float | None]]:
+        chunkers = [m for m in model.modules() if isinstance(m, DynamicSequenceChunker)]
+        assert len(chunkers) == 2
+        return {(chunker.ratio_loss_weight, chunker.smoothing_clamp) for chunker in chunkers}
+
+    assert of_chunkers(HNetLM.from_pretrained(tmp_path)) == {(0.5, 1e-4)}
+    other = HNetLM.from_pretrained(tmp_path, ratio_loss_weight=0.0, smoothing_clamp=0.0)
+    assert of_chunkers(other) == {(0.0, None)}
+    other.save_pretrained(tmp_path)
+    assert of_chunkers(HNetLM.from_pretrained(tmp_path)) == {(0.0, None)}
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:

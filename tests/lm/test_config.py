@@ -77,16 +77,43 @@ def test_flops_of_the_published_models(
 
 def test_create_reasonable_config() -> None:
     config = HNetConfig.create_reasonable_config(D=[512, 768, 1024], arch=["m4", "T1m2", "T9"])
-    assert config.arch_layout == ["m4", ["T1m2", ["T9"], "m2T1"], "m4"]
+    assert config.arch_layout == ("m4", ("T1m2", ("T9",), "m2T1"), "m4")
     assert config.stages == 2
     assert config.d_intermediate == (0, 2048, 2816)
     assert config.attn_cfg.num_heads == (8, 12, 16)
     assert config.attn_cfg.window_size == (1023, 1023, -1)
 
 
-def test_is_frozen() -> None:
+def test_is_frozen_and_hashable() -> None:
+    config = HNetConfig.preset("hnet_2stage_S")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        HNetConfig.preset("hnet_1stage_S").vocab_size = 1  # type: ignore[misc]
+        config.vocab_size = 1  # type: ignore[misc]
+    assert {config: 1}[HNetConfig.from_dict(config.to_dict())] == 1
+    assert config.to_dict()["arch_layout"] == ["m2", ["T1m1", ["T4"], "m1T1"], "m2"]
+
+
+def test_what_the_official_format_lacks_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config = HNetConfig.from_dict({**OFFICIAL, "ratio_loss_weight": 0.5, "smoothing_clamp": 1e-4})
+    config.to_json(path)
+    assert HNetConfig.from_json(path) == config
+    content = json.loads(path.read_text())
+    # As files were written before these entries existed.
+    del content["ratio_loss_weight"], content["smoothing_clamp"]
+    path.write_text(json.dumps(content))
+    assert HNetConfig.from_json(path) == HNetConfig.from_dict(OFFICIAL)
+    config.to_json(path, official=True)
+    assert json.loads(path.read_text()) == OFFICIAL
+
+
+def test_only_what_a_stage_uses_is_required_of_it() -> None:
+    """Stage 0 is Mamba-2 alone, the rest attention alone."""
+    attention = {"num_heads": [7, 4, 4], "rotary_emb_dim": [99, 16, 0], "window_size": [-9, 0, -1]}
+    content = {"arch_layout": ["m1", ["t1", ["T1"], "t1"], "m1"], "d_model": [64, 72, 100]}
+    content |= {"d_intermediate": [-1, 0, 1], "attn_cfg": attention}
+    HNetLM(HNetConfig.from_dict(content))
+    unused = {"ssm_cfg": {"d_state": 0, "expand": 0}, "d_model": [7], "arch_layout": ["t1"]}
+    HNetConfig.from_dict({**unused, "attn_cfg": {"num_heads": [7]}})
 
 
 @pytest.mark.parametrize(
@@ -95,19 +122,58 @@ def test_is_frozen() -> None:
         ({"arch_layout": ["m4", ["T1"]]}, "arch_layout must be"),
         ({"arch_layout": ["m4", "T1", "m4"]}, "arch_layout must be"),
         ({"arch_layout": 5}, "arch_layout must be"),
-        ({"d_model": 5}, "d_model must be a list"),
-        ({"d_model": ["a", "b", "c"]}, "d_model must hold numbers"),
         ({"arch_layout": [["T1"]]}, "arch_layout must name its stacks"),
-        ({"arch_layout": ["m4", ["T1m4", ["26"], "m4T1"], "m4"]}, "layout must be groups"),
+        (
+            {"arch_layout": ["m4", ["T1m4", ["26"], "m4T1"], "m4"]},
+            "arch_layout: layout must be groups",
+        ),
+        (
+            {"arch_layout": ["m4", ["T1m4", ["X2"], "m4T1"], "m4"]},
+            r"arch_layout .* got 'X' in 'X2'",
+        ),
+        ({"d_model": 5}, "d_model must be a list"),
         ({"d_model": [1024, 1024]}, "d_model must have 3 entries"),
-        ({"d_model": [1024, 512, 1536]}, "d_model must be positive and never fall"),
-        ({"d_intermediate": [0, 0, 4096]}, "d_intermediate must be positive at stage 1"),
-        ({"attn_cfg": {"num_heads": [16]}}, "attn_cfg.num_heads must have 3 entries"),
-        ({"target_ratio": [1.0, 3.0]}, "target_ratio must be above 1"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ({"n_layers": 3}, "unknown entries"),
+        ({"d_model": ["a", "b", "c"]}, r"d_model\[0\] must be an integer of at least 1, got 'a'"),
+        ({"d_model": [1024, 1024.0, 1536]}, r"d_model\[1\] must be an integer .* got 1024\.0"),
+        ({"d_model": [True, 1024, 1536]}, r"d_model\[0\] must be an integer .* got True"),
+        ({"d_model": [1024, 512, 1536]}, "d_model must never fall"),
+        ({"d_intermediate": [0, 0, 4096]}, r"d_intermediate\[1\] must be an integer of at least 1"),
+        ({"d_intermediate": [0.5, 2816, 4096]}, r"d_intermediate\[0\] must be an integer"),
+        ({"attn_cfg": {"num_heads": [16]}}, r"attn_cfg\.num_heads must have 3 entries"),
+        (
+            {"attn_cfg": {"num_heads": [16, 7, 16]}},
+            r"num_heads\[1\] must be a divisor .* 1024, got 7",
+        ),
+        ({"attn_cfg": {"num_heads": [16, 0, 16]}}, r"num_heads\[1\] must be .* at least 1, got 0"),
+        ({"attn_cfg": {"rotary_emb_dim": [32, 31, 48]}}, r"rotary_emb_dim\[1\] must be even"),
+        (
+            {"attn_cfg": {"rotary_emb_dim": [32, 32, 98]}},
+            r"rotary_emb_dim\[2\] must be .* 0 \.\. 96",
+        ),
+        ({"attn_cfg": {"rotary_emb_dim": [32, -2, 48]}}, r"rotary_emb_dim\[1\] must be even and"),
+        ({"attn_cfg": {"window_size": [1023, -2, -1]}}, r"window_size\[1\] must be .* least -1"),
+        ({"attn_cfg": {"window_size": [1023, None, -1]}}, r"window_size\[1\] must be an integer"),
+        ({"ssm_cfg": {"d_state": 0}}, r"ssm_cfg\.d_state must be an integer of at least 1, got 0"),
+        ({"ssm_cfg": {"d_conv": 0}}, r"ssm_cfg\.d_conv must be"),
+        ({"ssm_cfg": {"expand": 1.5}}, r"ssm_cfg\.expand must be an integer, got 1\.5"),
+        ({"ssm_cfg": {"chunk_size": "256"}}, r"ssm_cfg\.chunk_size must be an integer"),
+        (
+            {"d_model": [1000, 1024, 1536]},
+            r"ssm_cfg\.expand \* d_model\[0\] must be a multiple of 64",
+        ),
         ({"ssm_cfg": {"state": 3}}, "ssm_cfg has unknown entries"),
         ({"ssm_cfg": 3}, "ssm_cfg must be a mapping"),
+        ({"target_ratio": [1.0, 3.0]}, r"target_ratio\[0\] must be a finite number above 1"),
+        ({"target_ratio": [3.0, float("nan")]}, r"target_ratio\[1\] must be .* got nan"),
+        ({"target_ratio": [3.0, float("inf")]}, r"target_ratio\[1\] must be .* got inf"),
+        ({"target_ratio": [True, 3.0]}, r"target_ratio\[0\] must be .* got True"),
+        ({"vocab_size": 0}, "vocab_size must be an integer of at least 1"),
+        ({"vocab_size": "256"}, "vocab_size must be an integer of at least 1, got '256'"),
+        ({"tie_embeddings": "false"}, "tie_embeddings must be true or false, got 'false'"),
+        ({"ratio_loss_weight": -0.1}, "ratio_loss_weight must be a finite number of at least 0"),
+        ({"smoothing_clamp": 0.5}, r"smoothing_clamp must be a number in \[0, 0\.5\)"),
+        ({"smoothing_clamp": None}, "smoothing_clamp must be a number"),
+        ({"n_layers": 3}, "unknown entries"),
     ],
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:
@@ -121,5 +187,12 @@ def test_bad_files(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             HNetConfig.from_json(path)
+    path.write_text(json.dumps({**OFFICIAL, "vocab_size": 0}))
+    with pytest.raises(ValueError, match=r"config\.json: vocab_size must be"):
+        HNetConfig.from_json(path)
+    with pytest.raises(ValueError, match="ssm_cfg must be an SSMConfig, got dict"):
+        HNetConfig(["m1"], (64,), ssm_cfg={})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"D\[0\] must be an integer of at least 1, got 0"):
+        HNetConfig.create_reasonable_config(D=[0], arch=["m1"])
     with pytest.raises(ValueError, match="name must be one of hnet_1stage_L"):
         HNetConfig.preset("hnet_3stage_L")
