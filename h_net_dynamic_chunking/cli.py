@@ -63,6 +63,12 @@ ConfigOption = Annotated[
 ]
 FloatTypeOption = Annotated[FloatType, typer.Option(help="dtype of all weights")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
+ClampOption = Annotated[
+    float | None,
+    typer.Option(
+        help="the smoothing clamps p to [c, 1 - c]: official 1e-4, 0 for none (None = as saved)"
+    ),
+]
 
 
 def main() -> None:
@@ -130,7 +136,8 @@ def convert(
     """Turn an official checkpoint into a directory, or a directory into an official checkpoint.
 
     A directory holds model.safetensors and config.json; an official checkpoint is a .pt with a
-    .json of the same stem beside it, which has no place for target ratios. Weights keep every bit.
+    .json of the same stem beside it, which has no place for target ratios, the weight of the ratio
+    loss and the clamp of the smoothing. Weights keep every bit.
     """
     to_official = destination.suffix == ".pt"
     if to_official:
@@ -175,25 +182,32 @@ def compare_command(
     dtype_b: FloatTypeOption = "bfloat16",
     device_a: DeviceOption = "cpu",
     device_b: DeviceOption = "cpu",
+    clamp_a: ClampOption = None,
+    clamp_b: ClampOption = None,
     seed: Annotated[int, typer.Option(help="seed of a preset's weights")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two models, or one with itself in another dtype or on another device.
+    """Compare two models, or one with itself in another dtype, on another device or clamped.
 
     Prefill compares the logits at all bytes of the prompt. Decode compares them along a greedy
     continuation, in which both models read the bytes that A chose.
     """
     text = read_prompt(prompt, file)
-    model_a = load_model(a, config_a, dtype_a, device_a, seed)
-    model_b = load_model(b, config_b, dtype_b, device_b, seed)
+    model_a = load_model(a, config_a, dtype_a, device_a, seed, clamp_a)
+    model_b = load_model(b, config_b, dtype_b, device_b, seed, clamp_b)
     comparison = compare(model_a, model_b, text, new_bytes)
     continuation = comparison.continuation.decode(errors="replace")
     if as_json:
         typer.echo(json.dumps(asdict(comparison) | {"continuation": continuation}))
         return
-    for name, model, dtype, device in (("A", a, dtype_a, device_a), ("B", b, dtype_b, device_b)):
-        origin = f"random weights of seed {seed}" if model in PRESETS else "its own weights"
-        typer.echo(f"{name}  {model}, {origin}, {dtype} on {device}")
+    for name, source, model, dtype, device in (
+        ("A", a, model_a, dtype_a, device_a),
+        ("B", b, model_b, dtype_b, device_b),
+    ):
+        origin = f"random weights of seed {seed}" if source in PRESETS else "its own weights"
+        clamp = model.config.smoothing_clamp
+        clamped = f", clamp {clamp:g}" if clamp else ""
+        typer.echo(f"{name}  {source}, {origin}, {dtype} on {device}{clamped}")
     console = Console()
     console.print(logits_table(comparison))
     console.print(differences_table(comparison))
@@ -286,22 +300,32 @@ def read_config(model: str) -> HNetConfig:
 
 
 def load_model(
-    source: str, config: Path | None, dtype: FloatType, device: str, seed: int
+    source: str,
+    config: Path | None,
+    dtype: FloatType,
+    device: str,
+    seed: int,
+    clamp: float | None,
 ) -> HNetLM:
-    """A preset with random weights, a directory, or an official .pt."""
+    """A preset with random weights, a directory, or an official .pt.
+
+    `clamp` goes before that of its configuration.
+    """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     torch_device = resolve_device(device)
     path = Path(source)
     if source not in PRESETS and path.is_file():
-        return load_official(path, config, torch_device, torch_dtype)
+        return load_official(path, config, torch_device, torch_dtype, clamp)
     if config is not None:
         raise ValueError(f"{config} is of no use: {source} is not an official .pt")
     if source in PRESETS:
         # Drawn on the CPU in float32, so that the seed means the same weights everywhere.
         torch.manual_seed(seed)
-        return HNetLM(PRESETS[source]).to(torch_device, torch_dtype)
+        return HNetLM(PRESETS[source], smoothing_clamp=clamp).to(torch_device, torch_dtype)
     if path.is_dir():
-        return HNetLM.from_pretrained(path, device=torch_device, dtype=torch_dtype)
+        return HNetLM.from_pretrained(
+            path, device=torch_device, dtype=torch_dtype, smoothing_clamp=clamp
+        )
     raise ValueError(f"{source} is no preset ({', '.join(PRESETS)}), no directory and no file")
 
 
@@ -310,16 +334,19 @@ def load_official(
     config: Path | None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    clamp: float | None = None,
 ) -> HNetLM:
     """An official checkpoint, with the configuration beside it or that of the preset's name."""
     beside = weights.with_suffix(".json")
     if config is None and not beside.is_file() and weights.stem in PRESETS:
         preset = PRESETS[weights.stem]
-        return HNetLM.from_official(preset, weights, device=device, dtype=dtype)
+        return HNetLM.from_official(
+            preset, weights, device=device, dtype=dtype, smoothing_clamp=clamp
+        )
     config = beside if config is None else config
     if not config.is_file():
         raise ValueError(f"{weights} needs a configuration: {config} is not there")
-    return HNetLM.from_official(config, weights, device=device, dtype=dtype)
+    return HNetLM.from_official(config, weights, device=device, dtype=dtype, smoothing_clamp=clamp)
 
 
 def read_prompt(text: str | None, file: Path | None) -> bytes:

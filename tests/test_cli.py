@@ -174,6 +174,20 @@ def test_compare_of_two_dtypes(directory: Path) -> None:
         assert 0 < difference["rms"] < difference["max_abs"] < 0.2
 
 
+def test_compare_with_the_official_clamp(official: Path, directory: Path) -> None:
+    """The clamp is a difference of its own, for a model from anywhere."""
+    for model in ("hnet_1stage_S", official, directory):
+        command = ["compare", model, model, "--dtype-b", "float32", "--new-bytes", 1]
+        assert hnet_json(*command, "--clamp-b", "0")["prefill"]["max_abs"] == 0
+        assert 0 < hnet_json(*command, "--clamp-b", "0.01")["prefill"]["max_abs"] < 1
+        assert hnet_json(*command, "--clamp-a", 1e-4, "--clamp-b", 1e-4)["prefill"]["max_abs"] == 0
+    out = hnet("compare", directory, directory, *FEW, "--clamp-b", "1e-4")
+    assert f"A  {directory}, its own weights, float32 on cpu\n" in out
+    assert f"B  {directory}, its own weights, bfloat16 on cpu, clamp 0.0001\n" in out
+    line = complaint("compare", directory, directory, "--clamp-a", "0.5")
+    assert "smoothing_clamp must be a number in [0, 0.5), got 0.5" in line
+
+
 def test_compare_as_tables(directory: Path) -> None:
     out = hnet("compare", "hnet_1stage_S", directory, *FEW, "--seed", 7)
     assert "A  hnet_1stage_S, random weights of seed 7, float32 on cpu" in out
