@@ -22,6 +22,7 @@ from h_net_dynamic_chunking.config_checks import (
     require,
 )
 from h_net_dynamic_chunking.layers.isotropic import parse_layout
+from h_net_dynamic_chunking.layers.mlp import swiglu_width
 
 # How a layout nests: one string alone, or encoder, inner layout, decoder. Kept as tuples.
 ArchLayout = Sequence[Any]
@@ -193,7 +194,7 @@ class HNetConfig:
             arch_layout=layout,
             d_model=tuple(D),
             d_intermediate=tuple(
-                _swiglu_width(dim) if any(map(str.isupper, text)) else 0
+                swiglu_width(dim) if any(map(str.isupper, text)) else 0
                 for dim, text in zip(D, arch, strict=True)
             ),
             attn_cfg=AttentionConfig(
@@ -272,10 +273,6 @@ def _mirrored(text: str) -> str:
 def _heads(dim: int) -> int:
     """The number of heads nearest to 64 channels each that divides the width."""
     return min((h for h in range(1, dim + 1) if dim % h == 0), key=lambda h: abs(dim / h - 64))
-
-
-def _swiglu_width(dim: int) -> int:
-    return -(-8 * dim // 3 // 128) * 128
 
 
 def _published(layout: ArchLayout, widths: Sequence[int]) -> HNetConfig:

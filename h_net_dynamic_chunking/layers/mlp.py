@@ -12,6 +12,18 @@ from h_net_dynamic_chunking.layers._checks import check_sizes
 _WIDTH_MULTIPLE = 128
 
 
+def swiglu_width(d_model: int, d_intermediate: int | None = None) -> int:
+    """The width between the two layers that a `SwiGLU` of these sizes has.
+
+    >>> swiglu_width(1024), swiglu_width(1024, 2700)
+    (2816, 2816)
+    """
+    if d_intermediate is None:
+        d_intermediate = -(-8 * d_model // 3)
+    check_sizes(d_intermediate=d_intermediate)
+    return -(-d_intermediate // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+
+
 class SwiGLU(nn.Module):
     """Apply the gated MLP to each position by itself.
 
@@ -33,11 +45,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_intermediate: int | None = None) -> None:
         check_sizes(d_model=d_model)
-        if d_intermediate is None:
-            d_intermediate = -(-8 * d_model // 3)
-        check_sizes(d_intermediate=d_intermediate)
+        width = swiglu_width(d_model, d_intermediate)
         super().__init__()
-        width = -(-d_intermediate // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         self.d_model = d_model
         self.fc1 = nn.Linear(d_model, 2 * width, bias=False)
         self.fc2 = nn.Linear(width, d_model, bias=False)

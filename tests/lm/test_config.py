@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
-from h_net_dynamic_chunking.config import PRESETS
+from h_net_dynamic_chunking.config import PRESETS, AttentionConfig
 from h_net_dynamic_chunking.flops import flops_per_byte
 
 OFFICIAL: dict[str, Any] = {
@@ -56,23 +57,75 @@ def test_parameters_of_the_published_models(name: str, parameters: int) -> None:
         assert HNetLM(HNetConfig.preset(name)).num_parameters() == parameters
 
 
+# Table 2 of the paper, in GFLOPs a byte, and the bytes per innermost chunk of its table 1.
+PUBLISHED = [
+    ("hnet_1stage_L", 4.8, 0.43),
+    ("hnet_2stage_L", 7.0, 0.43),
+    ("hnet_1stage_XL", 4.7, 0.72),
+    ("hnet_2stage_XL", 6.9, 0.69),
+]
+
+
+def gflops_in_the_table(name: str, bytes_per_chunk: float) -> float:
+    """Counted as in the table, at so many bytes per innermost chunk."""
+    config = HNetConfig.preset(name)
+    # Where the paper shows how two stages share the work (Fig. 7, 2-stage L), stage 0 keeps 0.357.
+    outer = (1 / 0.357,) if config.stages == 2 else ()
+    ratios = (*outer, bytes_per_chunk / math.prod(outer))
+    return flops_per_byte(config, positions_per_chunk=ratios, window_squared=True) / 1e9
+
+
+@pytest.mark.parametrize(("name", "bytes_per_chunk", "table"), PUBLISHED)
+def test_flops_of_the_published_models(name: str, bytes_per_chunk: float, table: float) -> None:
+    """Within 0.01 of the table, and its two digits for some length that is printed alike."""
+    assert gflops_in_the_table(name, bytes_per_chunk) == pytest.approx(table, abs=0.01)
+    fewest, most = (gflops_in_the_table(name, bytes_per_chunk + d) for d in (0.05, -0.05))
+    assert fewest < table + 0.005
+    assert most > table - 0.005
+
+
 @pytest.mark.parametrize(
-    ("name", "positions_per_chunk", "table", "ours"),
+    ("layout", "window", "table", "ours"),
     [
-        ("hnet_1stage_L", [4.8], 0.43, 0.43340),
-        ("hnet_2stage_L", [2.8, 2.5], 0.43, 0.42847),
-        ("hnet_1stage_XL", [4.7], 0.72, 0.71550),
-        # 0.0001 beyond the 0.01 that the others keep: its chunk lengths are known to two digits.
-        ("hnet_2stage_XL", [2.8, 6.9 / 2.8], 0.69, 0.70008),
+        ("T16", 1023, 0.42, 0.4207),  # LlamaByte
+        ("T16", -1, 0.95, 0.9553),  # LlamaByte (Global)
+        ("m28", -1, 0.42, 0.4143),  # MambaByte
     ],
 )
-def test_flops_of_the_published_models(
-    name: str, positions_per_chunk: list[float], table: float, ours: float
-) -> None:
-    """Table 2 of the paper, at the chunk lengths that were reached."""
-    got = flops_per_byte(HNetConfig.preset(name), positions_per_chunk=positions_per_chunk) / 1e9
-    assert got == pytest.approx(ours, abs=1e-5)
-    assert got == pytest.approx(table, abs=0.0101)
+def test_flops_of_the_isotropic_models(layout: str, window: int, table: float, ours: float) -> None:
+    attention = AttentionConfig((16,), (32,), (window,))
+    config = HNetConfig([layout], (1024,), (2816,), attn_cfg=attention)
+    got = flops_per_byte(config, window_squared=True) / 1e9
+    assert got == pytest.approx(ours, abs=1e-4)
+    assert got == pytest.approx(table, abs=0.01)
+    # By default each position pays for the window that it reads.
+    assert flops_per_byte(config) / 1e9 == pytest.approx(0.4801 if window > 0 else got, abs=1e-4)
+
+
+def test_flops_by_hand() -> None:
+    """One layer T of width 64 on 8 positions: the sums of the appendix, term by term."""
+    attention = AttentionConfig((2,), (0,), (3,))
+    config = HNetConfig(["T1"], (64,), (100,), vocab_size=10, attn_cfg=attention)
+    n, d, ffw = 8, 64, 128  # 100 is rounded up to 128
+    by_hand = 2 * n * 10 * d * 2 + 2 * 4 * n * d * d + n * d * (6 * ffw + 5)
+    assert flops_per_byte(config, n) == (by_hand + (4 * d + 3 * 2) * n * 4) / n
+    assert flops_per_byte(config, n, window_squared=True) == (by_hand + (4 * d + 6) * 4 * 4) / n
+    assert flops_per_byte(config, 3) == flops_per_byte(config, 3, window_squared=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seq_len": 0}, "seq_len must be an integer of at least 1, got 0"),
+        ({"seq_len": 8192.0}, "seq_len must be an integer"),
+        ({"positions_per_chunk": []}, "positions_per_chunk must have 1 entries"),
+        ({"positions_per_chunk": [0.5]}, "of at least 1, got .0.5."),
+        ({"positions_per_chunk": [float("nan")]}, "of at least 1, got .nan."),
+    ],
+)
+def test_flops_refuse(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flops_per_byte(HNetConfig.preset("hnet_1stage_L"), **arguments)
 
 
 def test_create_reasonable_config() -> None:
