@@ -7,7 +7,7 @@ acts on the position before, so that it makes our keys.
 
 import importlib
 import pickle
-import zipfile
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,12 @@ from h_net_dynamic_chunking.files import whole
 _ROUTER = "chunker.to_queries_keys.weight"
 # The official projections, in the order in which ours holds them: queries, then keys.
 _HALVES = ("routing_module.k_proj_layer.weight", "routing_module.q_proj_layer.weight")
+
+# How files of torch.save begin: a zip archive, and before torch 1.6 a pickled magic number.
+_ZIP = b"PK"
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# What reading damaged archives and pickles ends in, besides UnpicklingError.
+_DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, struct.error)
 
 
 def from_official(official: Mapping[str, Tensor], stages: int) -> dict[str, Tensor]:
@@ -53,38 +59,91 @@ def to_official(ours: Mapping[str, Tensor], stages: int) -> dict[str, Tensor]:
 
 
 def check_matches(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError that names the first missing, extra or mis-shaped keys, if there are any."""
+    """Raise ValueError that names the first missing, extra or unfit tensors, if there are any."""
     problems = [f"{key} is missing" for key in wanted.keys() - got.keys()]
     problems += [f"{key} is not of this model" for key in got.keys() - wanted.keys()]
-    problems += [
-        f"{key} has shape {tuple(got[key].shape)}, wanted {tuple(wanted[key].shape)}"
-        for key in got.keys() & wanted.keys()
-        if got[key].shape != wanted[key].shape
-    ]
+    for key in got.keys() & wanted.keys():
+        if fault := _fault(got[key], wanted[key].shape):
+            problems.append(f"{key} {fault}")
     if problems:
         shown = "; ".join(sorted(problems)[:5])
         rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{where} does not fit the configuration: {shown}{rest}")
 
 
+def _fault(tensor: Tensor, shape: torch.Size) -> str | None:
+    """Why the tensor cannot be a weight of that shape, or None."""
+    # Before the shape, which a nested tensor has not.
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"is sparse or nested ({tensor.layout}), wanted a dense tensor"
+    if tensor.shape != shape:
+        return f"has shape {tuple(tensor.shape)}, wanted {tuple(shape)}"
+    if not tensor.is_floating_point():
+        return f"has dtype {tensor.dtype}, wanted a floating-point one"
+    return None
+
+
+def check_tied(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError unless the head of a model with tied embeddings is its embedding."""
+    head, embedding = state["lm_head.weight"], state["embeddings.weight"]
+    # By their bytes, because a NaN differs from itself.
+    if head.dtype != embedding.dtype or not torch.equal(_bytes(head), _bytes(embedding)):
+        raise ValueError(
+            f"{where}: lm_head.weight differs from embeddings.weight, although the configuration "
+            "has tie_embeddings = true"
+        )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pt file, memory mapped, without running any code that it may hold.
 
     Raises:
-        ValueError: the file is truncated, is not a state dict, or holds more than tensors.
+        ValueError: there is no such file, it is truncated, damaged or of another kind, or it holds
+            anything but a state dict of tensors.
     """
     if not Path(path).is_file():
         raise ValueError(f"weights: there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"weights: {path} is truncated, or not a torch checkpoint")
+    _check_format(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"weights: {path} cannot be read safely ({reason})") from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"weights: {path} must hold a state dict of tensors")
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to run what the file holds.
+        raise ValueError(
+            f"weights: {path} is refused, because it holds more than tensors or is damaged; "
+            "nothing in it has run"
+        ) from error
+    except _DAMAGE as error:
+        raise ValueError(
+            f"weights: {path} is truncated, damaged or no state dict of torch.save"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"weights: {path} must hold a state dict of tensors, got {type(content).__name__}"
+        )
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"weights: {path} must hold tensors by name and nothing else, as official files "
+                f"do, got {type(value).__name__} at {key!r}"
+            )
     return content
+
+
+def _check_format(path: str | Path) -> None:
+    """Raise ValueError unless the file begins as those of torch.save do."""
+    with open(path, "rb") as file:
+        start = file.read(len(_LEGACY))
+    if start == _LEGACY:
+        raise ValueError(
+            f"weights: {path} has the format that torch.save had before torch 1.6, which cannot be "
+            "memory mapped; load it with weights_only=True and save it again"
+        )
+    if not start.startswith(_ZIP):
+        raise ValueError(f"weights: {path} is not a torch checkpoint")
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:

@@ -173,7 +173,8 @@ class HNetLM(LMInference):
             **options: of the constructor.
 
         Raises:
-            ValueError: either file cannot be read, or a key is missing, extra or of another shape.
+            ValueError: either file cannot be read, or a tensor is missing, extra, of another shape
+                or not of floats; see `checkpoints.read_weights` and `checkpoints.check_matches`.
         """
         if isinstance(config_json, HNetConfig):
             config = config_json
@@ -207,8 +208,9 @@ class HNetLM(LMInference):
         name = Path(name_or_path).name
         if (folder / "config.json").is_file():
             config = HNetConfig.from_json(folder / "config.json")
-            state = checkpoints.read_safetensors(folder / "model.safetensors")
-            return cls._with_state(config, state, str(folder), device, dtype, options)
+            weights = folder / "model.safetensors"
+            state = checkpoints.read_safetensors(weights)
+            return cls._with_state(config, state, str(weights), device, dtype, options)
         if name in PRESETS and (folder / f"{name}.pt").is_file():
             weights = folder / f"{name}.pt"
             return cls._with_official_weights(PRESETS[name], weights, device, dtype, options)
@@ -266,6 +268,8 @@ class HNetLM(LMInference):
         """A model that owns the tensors of `state`: nothing is allocated beside them."""
         model = cls._on_meta(config, options)
         checkpoints.check_matches(state, model.state_dict(), where)
+        if config.tie_embeddings:
+            checkpoints.check_tied(state, where)
         model.load_state_dict(
             {key: value.to(device, dtype) for key, value in state.items()}, assign=True
         )

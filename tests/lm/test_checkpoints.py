@@ -1,6 +1,9 @@
 """Checkpoints in and out: exact both ways, faults named, nothing executed, nothing lost."""
 
+import contextlib
+import os
 import pickle
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +119,10 @@ def test_the_hub_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         HNetLM.from_pretrained("cartesia-ai/hnet_1stage_L")
 
 
+HEAD = torch.zeros(256, 32)
+JAGGED = torch.nested.nested_tensor_from_jagged(HEAD, torch.tensor([0, 100, 256]))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -123,9 +130,17 @@ def test_the_hub_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         ("backbone.encoder.extra", torch.zeros(1), "backbone.encoder.extra is not of this model"),
         ("lm_head.weight", torch.zeros(300, 32), "lm_head.weight has shape .300, 32., wanted"),
         ("backbone.routing_module.q_proj_layer.weight", None, "q_proj_layer.weight is missing"),
+        (
+            "lm_head.weight",
+            HEAD.long(),
+            r"lm_head.weight has dtype torch\.int64, wanted a floating",
+        ),
+        ("lm_head.weight", HEAD.bool(), r"lm_head.weight has dtype torch\.bool"),
+        ("lm_head.weight", HEAD.to_sparse(), "lm_head.weight is sparse or nested"),
+        ("lm_head.weight", JAGGED, "lm_head.weight is sparse or nested"),
     ],
 )
-def test_faulty_keys_are_named(
+def test_faulty_tensors_are_named(
     official: tuple[HNetLM, Path, Path], key: str, value: torch.Tensor | None, message: str
 ) -> None:
     _, config, weights = official
@@ -134,47 +149,122 @@ def test_faulty_keys_are_named(
     if value is not None:
         state[key] = value
     torch.save(state, weights)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"model\.pt does not fit the configuration: .*{message}"):
         HNetLM.from_official(config, weights)
+
+
+def test_integers_in_safetensors_are_named(
+    official: tuple[HNetLM, Path, Path], tmp_path: Path
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    official[0].save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(safetensors.load_file(path) | {"lm_head.weight": HEAD.to(int)}, path)
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit .* torch\.int64"):
+        HNetLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16])
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path, other: torch.dtype) -> None:
+    config = HNetConfig.from_dict({"arch_layout": ["m1"], "d_model": [32], "tie_embeddings": True})
+    tied = HNetLM(config)
+    with torch.no_grad():
+        tied.embeddings.weight[3, 4] = torch.nan  # even this is equal to itself
+    tied.save_official(tmp_path / "model.json", tmp_path / "model.pt")
+    loaded = HNetLM.from_official(tmp_path / "model.json", tmp_path / "model.pt")
+    assert loaded.lm_head.weight is loaded.embeddings.weight
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    state["lm_head.weight"] = state["lm_head.weight"].roll(1).to(other)
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: lm_head.weight differs from embeddings"):
+        HNetLM.from_official(tmp_path / "model.json", tmp_path / "model.pt")
 
 
 class Malicious:
-    """Writes a file when it is unpickled."""
+    """Makes a directory when it is unpickled."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return open, (self.path, "w")
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_runs_code_is_refused(
-    official: tuple[HNetLM, Path, Path], tmp_path: Path
-) -> None:
-    _, config, weights = official
-    trace = tmp_path / "trace"
-    torch.save({"lm_head.weight": Malicious(str(trace))}, weights)
-    with pytest.raises(ValueError, match="cannot be read safely"):
-        HNetLM.from_official(config, weights)
-    weights.write_bytes(pickle.dumps(Malicious(str(trace))))
-    with pytest.raises(ValueError, match="not a torch checkpoint"):
-        HNetLM.from_official(config, weights)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, legacy: bool) -> None:
+    """In each format that torch.save has had, and bare; nothing of it runs, nor is that advised."""
+    path, trace = tmp_path / "model.pt", tmp_path / "trace"
+    content = {"lm_head.weight": Malicious(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"model\.pt") as caught:
+        read_weights(path)
+    assert ("before torch 1.6" if legacy else "is refused") in str(caught.value)
+    assert ("weights_only" in str(caught.value)) == legacy
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"model\.pt is not a torch checkpoint"):
+        read_weights(path)
     assert not trace.exists()
+    pickle.loads(path.read_bytes())
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"a": HEAD}}, "by name and nothing else, .* got dict at 'model'"),
+        ({"a": HEAD, "step": 3}, "got int at 'step'"),
+        ({0: HEAD}, "got Tensor at 0"),
+        ([HEAD], "must hold a state dict of tensors, got list"),
+        (HEAD, "must hold a state dict of tensors, got Tensor"),
+        (torch.nn.Linear(1, 1), "is refused"),
+    ],
+)
+def test_other_content_is_named(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"model\.pt .*{message}"):
+        read_weights(tmp_path / "model.pt")
+
+
+# torch's remark on a damaged first byte.
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    """Cut anywhere, or with other bytes in the pickle, which fails in many ways."""
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.arange(300.0), "b": torch.zeros(2, 3)}, path)
+    whole = path.read_bytes()
+    first = whole.index(b"data.pkl") + len(b"data.pkl")
+    numbers = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[first + numbers.randrange(200)] = numbers.randrange(256)
+        for content in (damaged, whole[: numbers.randrange(len(whole))]):
+            path.write_bytes(content)
+            # Other bytes may well make another state dict.
+            with contextlib.suppress(ValueError):
+                read_weights(path)
+    for size in (0, 1, 3, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.pt is (truncated|not a torch checkpoint)"):
+            read_weights(path)
 
 
 def test_truncated_and_missing_files(official: tuple[HNetLM, Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     model, config, weights = official
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="is truncated"):
+    with pytest.raises(ValueError, match=r"model\.pt is truncated"):
         HNetLM.from_official(config, weights)
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match=r"there is no file .*nowhere\.pt"):
         HNetLM.from_official(config, tmp_path / "nowhere.pt")
     model.save_pretrained(tmp_path / "saved")
     path = tmp_path / "saved" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is truncated, or not safetensors"):
-        HNetLM.from_pretrained(tmp_path / "saved")
+    whole = path.read_bytes()
+    for size in (0, 4, 1000, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors is truncated, or not safetensors"
+        ):
+            HNetLM.from_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         HNetLM.from_pretrained(tmp_path / "saved")
