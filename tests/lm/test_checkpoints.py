@@ -7,9 +7,12 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from h_net_dynamic_chunking import DynamicSequenceChunker, HNetConfig, HNetLM
 from h_net_dynamic_chunking.checkpoints import from_official, read_weights, to_official
@@ -206,6 +209,45 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, legacy: bool) -> Non
     assert not trace.exists()
     pickle.loads(path.read_bytes())
     assert trace.exists()
+
+
+class Allocated(TorchDispatchMode):
+    """Adds up the bytes of the new memory that operations on the CPU take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        before = {memory.data_ptr() for memory in self._memories((args, kwargs))}
+        after = {memory.data_ptr(): memory.nbytes() for memory in self._memories(out)}
+        self.bytes += sum(size for place, size in after.items() if place not in before)
+        return out
+
+    @staticmethod
+    def _memories(tree: Any) -> list[torch.UntypedStorage]:
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        return [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
+
+
+def test_loading_takes_no_second_copy(official: tuple[HNetLM, Path, Path], tmp_path: Path) -> None:
+    """The tensors of the mapped file become the parameters; only routers are put together."""
+    pytest.importorskip("safetensors")
+    model, config, weights = official
+    model.save_pretrained(tmp_path)
+    with Allocated() as loading:
+        HNetLM.from_pretrained(tmp_path)
+    assert loading.bytes == 0
+    with Allocated() as loading:
+        HNetLM.from_official(config, weights)
+    routers = [p.nbytes for name, p in model.named_parameters() if "to_queries_keys" in name]
+    assert loading.bytes == sum(routers)
+    with Allocated() as creating:
+        HNetLM(CONFIG)
+    assert creating.bytes > sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.parametrize(

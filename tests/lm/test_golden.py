@@ -4,6 +4,7 @@ The files lie beside the checkout, in ../shared/golden, and are not part of the 
 them these tests are skipped.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking import HNetLM
+from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.checkpoints import read_weights, to_official
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -114,6 +115,17 @@ def test_saved_again_the_official_file_has_the_same_bits(name: str, tmp_path: Pa
     first, again = (read_weights(p) for p in (GOLDEN / f"{name}.weights.pt", tmp_path / "again.pt"))
     assert first.keys() == again.keys()
     assert all(same_bits(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("preset", ["hnet_1stage_L", "hnet_2stage_XL"])
+def test_names_and_shapes_of_the_published_checkpoints(preset: str) -> None:
+    published = json.loads((GOLDEN / "official_state_dicts.json").read_text())[preset]
+    with torch.device("meta"):
+        config = HNetConfig.preset(preset)
+        ours = to_official(HNetLM(config).state_dict(), config.stages)
+    assert {key: list(tensor.shape) for key, tensor in ours.items()} == {
+        key: shape for key, (shape, _) in published.items()
+    }
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""HNetLM: layouts agree, causality, losses, parameter groups, refusals, and the peers' examples."""
+"""HNetLM: layouts agree, causality, losses, parameter groups, refusals."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.h_net import HNet
+from h_net_dynamic_chunking.layers import Mamba2
 from tests.support import assert_close, cumulative, generator
 
 LENS = [1, 40, 2, 0, 70]
@@ -69,17 +70,23 @@ def test_long_sequences_beside_short_ones() -> None:
     """Logits and gradients at a length that crosses every window and chunk edge many times."""
     lens = [8193, 1, 2]
     model, ids = make("m1", "T1"), random_ids(sum(lens))
-    parameters = list(model.parameters())
-    packed = model(ids, cu_seqlens=cumulative(lens)).logits
+    real = torch.arange(max(lens)) < torch.tensor(lens)[:, None]
+    padded = torch.zeros_like(real, dtype=torch.int64)
+    padded[real] = ids
+    weights = torch.randn(sum(lens), 256, generator=generator(5), dtype=torch.float64)
+
+    def gradients(logits: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((logits * weights).sum(), list(model.parameters()))
+
     alone = torch.cat([model(row[None]).logits[0] for row in ids.split(lens)])
-    assert_close("logits", packed, alone)
-    weights = torch.randn(packed.shape, generator=generator(5), dtype=packed.dtype)
-    for g, w in zip(
-        torch.autograd.grad((packed * weights).sum(), parameters),
-        torch.autograd.grad((alone * weights).sum(), parameters),
-        strict=True,
+    wanted = gradients(alone)
+    for name, logits in (
+        ("packed", model(ids, cu_seqlens=cumulative(lens)).logits),
+        ("padded", model(padded, lens=torch.tensor(lens)).logits[real]),
     ):
-        assert_close("gradient", g, w)
+        assert_close(f"{name} logits", logits, alone)
+        for got, want in zip(gradients(logits), wanted, strict=True):
+            assert_close(f"{name} gradient", got, want)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -174,6 +181,14 @@ def test_parameter_groups() -> None:
         ({"input_ids": [[1]]}, "input_ids must be a tensor"),
         ({"lens": torch.tensor([5])}, "lens must be in"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "tokens must have shape"),
+        (
+            {"input_ids": torch.zeros(4).long(), "cu_seqlens": torch.tensor([0, 3])},
+            "cu_seqlens must rise from 0 to 4, the rows of tokens, got .0, 3.",
+        ),
+        (
+            {"mask": torch.ones(1, 4).bool(), "cu_seqlens": torch.tensor([0, 4])},
+            "lens and cu_seqlens exclude each other",
+        ),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
@@ -221,6 +236,7 @@ def test_the_configuration_reaches_the_modules() -> None:
         assert chunker.target_avg_token_length == ratio
         assert (chunker.smoothing_clamp, chunker.ratio_loss_weight) == (1e-4, 0.5)
     mamba = outer.encoder.layers[0].mixer
+    assert mamba.chunk_size == Mamba2(64).chunk_size  # not the configuration's, which is 256
     assert (mamba.d_state, mamba.d_conv, mamba.d_inner) == (8, 3, 128)
     for layer, heads, rotary, window in (
         (outer.decoder.layers[0], 2, 8, 5),
@@ -230,27 +246,3 @@ def test_the_configuration_reaches_the_modules() -> None:
         mixer = layer.mixer
         assert (mixer.num_heads, mixer.rotary_dim, mixer.window_size) == (heads, rotary, window)
     assert inner.network.layers[0].mlp.fc2.in_features == 384
-
-
-def rand_njt_iids(docs: int, slen: range) -> Tensor:
-    """Random documents as a jagged tensor, as the example of hnet-impl has them."""
-    lens = torch.randint(slen.start, slen.stop, (docs,), generator=generator(0)).tolist()
-    return torch.nested.nested_tensor_from_jagged(random_ids(sum(lens)), cumulative(lens))
-
-
-def test_the_example_of_hnet_impl() -> None:
-    """Its README with the import changed, without a GPU and with smaller sizes."""
-    c = HNetConfig.create_reasonable_config(D=[64, 128], arch=["m4", "T9"])
-    m = HNetLM(c).bfloat16()
-
-    # inference
-    iids = rand_njt_iids(docs=4, slen=range(16, 64))
-    logits, _ = m(iids)
-
-    # training
-    lbls = iids.long()
-    (celoss, _), _extra = m(iids, lbls)
-
-    assert logits.is_nested
-    assert celoss.isfinite()
-    celoss.backward()
