@@ -19,13 +19,13 @@ from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.config import SSMConfig
 
 DOCUMENTS = 8  # in a step
-LEARNING_RATE = 2e-3  # of the main network; the outer stage has its multiple of it
+LEARNING_RATE = 5e-4  # of the main network; the outer stage has its multiple of it
 REPORTS = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="of the optimizer")
+    parser.add_argument("--steps", type=int, default=600, help="of the optimizer")
     parser.add_argument("--seed", type=int, default=0, help="of weights and documents")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

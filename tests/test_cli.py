@@ -259,6 +259,10 @@ def test_bad_models_are_named(official: Path, directory: Path, tmp_path: Path) -
     (tmp_path / "truncated.pt").write_bytes(official.read_bytes()[:1000])
     assert "hnet_1stage_L" in complaint("info", "hnet_3stage_L")
     assert "config.json" in complaint("info", tmp_path)
+    (tmp_path / "config.json").write_text('{"arch_layout": ["t1"], "d_model": [1000]}')
+    line = complaint("info", tmp_path)
+    assert "config.json: attn_cfg.num_heads[0] must be a divisor of d_model[0] = 1000" in line
+    (tmp_path / "config.json").unlink()
     assert "is not JSON" in complaint("info", official)
     assert "absent" in complaint("convert", absent, tmp_path / "new")
     assert "directory" in complaint("convert", official, tmp_path / "new.pt")
