@@ -283,6 +283,8 @@ class WeightsFile:
         found = checkpoints.read_weights(path)
         wanted = checkpoints.to_official(model.state_dict(), model.config.stages)
         checkpoints.check_matches(found, wanted, str(path))
+        if model.config.tie_embeddings:
+            checkpoints.check_tied(found, str(path))
         dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in found.values()}
         return cls(str(path), path.stat().st_size, sorted(dtypes))
 
