@@ -5,11 +5,11 @@ Mamba-2 is charged at its true width, `expand * d_model`, and the products of th
 residual are counted. Attention is not halved for causality.
 
 The appendix does not say how attention with a window of W is charged. Each of n positions reads W
-others, n W in all, and so it is counted here. The paper's table has W W instead, as if a sequence
-had one window: LlamaByte and SpaceByte, whose work is mostly such attention, have 0.42 and 0.41
-GFLOPs a byte there; they come out at 0.421 and 0.407 by W W, at 0.480 and 0.452 by n W. In an
-H-Net it matters little, 0.697 against 0.700 for hnet_2stage_XL. `window_squared` counts as the
-table does.
+others, n W in all, and so it is counted here. The paper's table seems to charge W W, as if a
+sequence had one window: LlamaByte and SpaceByte, the two models with windows at every byte, have
+0.42 and 0.41 GFLOPs a byte there; they come out at 0.421 and 0.407 by W W, at 0.480 and 0.452 by
+n W. In an H-Net it matters little, 0.697 against 0.700 for hnet_2stage_XL. `window_squared` counts
+as the table seems to.
 """
 
 import math
@@ -34,7 +34,7 @@ def flops_per_byte(
         config: of the model.
         seq_len: bytes of the sequence; attention costs more in longer ones.
         positions_per_chunk: what each stage reaches, outermost first; its target by default.
-        window_squared: charge attention with a window as the paper's table does; see above.
+        window_squared: charge attention with a window as the paper's table seems to; see above.
 
     Raises:
         ValueError: seq_len is no integer of at least 1, or positions_per_chunk has not one finite
