@@ -3,6 +3,7 @@
 from h_net_dynamic_chunking._version import __version__
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.config import HNetConfig
+from h_net_dynamic_chunking.generation import Generated, TextPiece, generate
 from h_net_dynamic_chunking.h_net import HNet, HNetOutput
 from h_net_dynamic_chunking.intermediates import Intermediates
 from h_net_dynamic_chunking.lm import HNetLM
@@ -16,6 +17,7 @@ from h_net_dynamic_chunking.outputs import Outputs
 
 __all__ = [
     "DynamicSequenceChunker",
+    "Generated",
     "HNet",
     "HNetConfig",
     "HNetLM",
@@ -24,7 +26,9 @@ __all__ = [
     "Intermediates",
     "Outputs",
     "SegmentationStatistics",
+    "TextPiece",
     "__version__",
+    "generate",
     "ratio_loss",
     "segmentation_statistics",
 ]

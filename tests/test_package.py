@@ -44,6 +44,7 @@ def test_import_is_silent_and_brings_no_extra() -> None:
 def test_public_names() -> None:
     assert package.__all__ == [
         "DynamicSequenceChunker",
+        "Generated",
         "HNet",
         "HNetConfig",
         "HNetLM",
@@ -52,7 +53,9 @@ def test_public_names() -> None:
         "Intermediates",
         "Outputs",
         "SegmentationStatistics",
+        "TextPiece",
         "__version__",
+        "generate",
         "ratio_loss",
         "segmentation_statistics",
     ]
