@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.training.model import ByteHNet
+from h_net_dynamic_chunking.visualize import marked as text_with_marks
 
-INNER_MARK = "·".encode()
-OUTER_MARK = "┃".encode()
+MARKS = "·┃"
 LEGEND = (
     "· opens a chunk of stage 0, ┃ opens a chunk of stage 1 (and with it one of stage 0); "
     "\N{REPLACEMENT CHARACTER} stands for bytes that are not UTF-8."
@@ -40,15 +40,9 @@ def marked(model: ByteHNet, content: Tensor) -> str:
     """Return the text of `content`, int64 (length,), with a mark before each chunk."""
     device = next(model.parameters()).device
     prediction = model(content.unsqueeze(0).to(device))
-    inner, outer = (_chunk_starts(lens[0]) for lens in prediction.chunk_lens)
-    pieces = []
-    for position, value in enumerate(content.tolist()):
-        if position in outer:
-            pieces.append(OUTER_MARK)
-        elif position in inner:
-            pieces.append(INNER_MARK)
-        pieces.append(bytes([value]))
-    return b"".join(pieces).decode("utf-8", errors="replace")
+    starts = [_chunk_starts(lens[0]) for lens in prediction.chunk_lens]
+    depths = [sum(place in of_stage for of_stage in starts) for place in range(len(content))]
+    return text_with_marks(bytes(content.tolist()), depths, MARKS)
 
 
 @torch.no_grad()
