@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.checkpoints import read_weights
-from h_net_dynamic_chunking.cli import Sizes, app
+from h_net_dynamic_chunking.cli import app
+from h_net_dynamic_chunking.cli.info import Sizes
 from h_net_dynamic_chunking.comparison import compare
 from h_net_dynamic_chunking.config import PRESETS
 
