@@ -5,7 +5,7 @@ their shape, so that choosing and reading can be captured as one CUDA graph. The
 bytes once a step, or every few steps on an accelerator, to see whether a row is left.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -72,15 +72,11 @@ class Decoding:
         plan: of `model.step`.
         keep_logprobs: whether blocks have log-probabilities.
         keep_depths: whether blocks have depths. Then the model reads the last bytes too.
-        each_step: look at the bytes after each step wherever the model is.
+        each_step: look at the bytes after each step, wherever the model is.
 
     Raises:
         ValueError: an argument that cannot be, by name. The model has not run then.
     """
-
-    prompt_depths: list[Tensor]
-    """uint8 (length,) on the CPU for each prompt, once the first block is there and if asked for;
-    BOS does not count."""
 
     def __init__(
         self,
@@ -101,6 +97,9 @@ class Decoding:
         _check(model, prompts, max_new_bytes, bos, plan)
         device = next(model.parameters()).device
         batch = len(prompts)
+        self.prompt_depths: list[Tensor] = []
+        """uint8 (length,) on the CPU for each prompt, if depths are kept, once the first block is
+        there. BOS does not count."""
         self._model = model
         self._prompts = prompts
         self._bos = [BOS] if bos else []
@@ -135,7 +134,7 @@ class Decoding:
         """Write the bytes, once. The model is in eval mode until the last block, or `close()`."""
         if not self._prompts or not self._max_new_bytes:
             return
-        with evaluating(self._model):
+        with evaluating(self._model.modules()):
             self._prefill()
             looked = 0
             for step in range(1, self._max_new_bytes + 1):
@@ -221,9 +220,9 @@ class Decoding:
 
 
 @contextmanager
-def evaluating(model: SteppingModel) -> Iterator[None]:
-    """Every module in eval mode; those that were in training mode return to it."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """All in eval mode; those that were in training mode return to it."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

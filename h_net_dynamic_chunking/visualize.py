@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from h_net_dynamic_chunking.utf8 import Utf8Decoder
 
-# A light and a darker shade of each hue, as backgrounds of black text.
+# A light and a darker shade of blue, green, yellow, red, magenta and cyan, behind black text.
 SHADES = (
     ("#cfe8ff", "#9bccf7"),
     ("#d9f5cf", "#a9e094"),
     ("#fff3b8", "#f7dc6f"),
     ("#ffdcd2", "#fab09c"),
-    ("#ead9ff", "#cdabf7"),
+    ("#f5d6ff", "#dea6f5"),
     ("#cdf3ee", "#8fdccf"),
 )
 
@@ -101,9 +101,16 @@ def printable(text: str) -> str:
 class ChunkStyle:
     """How the characters of a chunk look, in black."""
 
-    background: str
-    """As #rrggbb."""
+    hue: int
+    """Row of SHADES."""
+    shade: int
+    """0, or 1 for the darker one."""
     underline: bool
+
+    @property
+    def background(self) -> str:
+        """As #rrggbb."""
+        return SHADES[self.hue][self.shade]
 
 
 class ChunkStyles:
@@ -127,7 +134,7 @@ class ChunkStyles:
         opened = self._opened or [0]
         shade = opened[0] % 2 if len(opened) > 1 else 0
         underline = len(opened) > 2 and opened[1] % 2 == 1
-        return ChunkStyle(SHADES[opened[-1] % len(SHADES)][shade], underline)
+        return ChunkStyle(opened[-1] % len(SHADES), shade, underline)
 
 
 def _visible(character: str) -> str:

@@ -21,8 +21,10 @@ except ModuleNotFoundError as error:
     )
     raise SystemExit(2) from error
 
+from h_net_dynamic_chunking.cli.chunks import chunks_command
 from h_net_dynamic_chunking.cli.compare import compare_command
 from h_net_dynamic_chunking.cli.convert import convert_command
+from h_net_dynamic_chunking.cli.generate import generate_command
 from h_net_dynamic_chunking.cli.info import info_command
 
 app = typer.Typer(
@@ -33,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("info")(info_command)
+app.command("generate")(generate_command)
+app.command("chunks")(chunks_command)
 app.command("convert")(convert_command)
 app.command("compare")(compare_command)
 

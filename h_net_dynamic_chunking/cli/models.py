@@ -25,16 +25,16 @@ def read_config(model: str) -> HNetConfig:
 def load_model(
     source: str,
     config: Path | None,
-    dtype: FloatType,
+    dtype: FloatType | None,
     device: str,
-    seed: int,
+    seed: int = 0,
     clamp: float | None = None,
 ) -> HNetLM:
     """A preset with random weights, a directory, or an official .pt.
 
-    `clamp` goes before that of its configuration.
+    dtype None is as stored; `clamp` goes before that of its configuration.
     """
-    torch_dtype: torch.dtype = getattr(torch, dtype)
+    torch_dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     torch_device = resolve_device(device)
     path = Path(source)
     if source not in PRESETS and path.is_file():

@@ -14,7 +14,7 @@ MODEL_HELP = "preset (random weights), directory, or official .pt"
 
 FloatType = Literal["float64", "float32", "bfloat16", "float16"]
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -22,6 +22,24 @@ ConfigOption = Annotated[
         dir_okay=False,
         help="JSON configuration of an official .pt (None = beside it, same stem)",
     ),
+]
+ModelOption = Annotated[str, typer.Option("--model", "--model-path", help=MODEL_HELP)]
+ModelConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "--config-path",
+        exists=True,
+        dir_okay=False,
+        help="JSON configuration of an official .pt (None = beside it, same stem)",
+    ),
+]
+StoredFloatTypeOption = Annotated[
+    FloatType | None, typer.Option(help="dtype of all weights (None = as stored)")
+]
+BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="read BOS = 254 before the text")]
+NoColorOption = Annotated[
+    bool, typer.Option("--no-color", help="plain text, also on a terminal (or set NO_COLOR)")
 ]
 FloatTypeOption = Annotated[FloatType, typer.Option(help="dtype of all weights")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]

@@ -19,7 +19,7 @@ class MockModel(nn.Module):
 
     def __init__(self, next_logits: Any) -> None:
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.config = SimpleNamespace(vocab_size=VOCAB, stages=2)
         self.weight = nn.Parameter(torch.zeros(1))
         self.inner = nn.Dropout()
         self.next_logits = next_logits
@@ -79,7 +79,10 @@ def _stage(rows: list[list[bool]]) -> Any:
 
 def scripted(**texts: bytes) -> MockModel:
     """Continues a prompt `name` with texts[name], and that with EOS; all else is improbable."""
-    lines = [(name.encode(), name.encode() + text) for name, text in texts.items()]
+    lines = []
+    for name, text in texts.items():
+        prompt = name.encode(errors="surrogateescape")
+        lines.append((prompt, prompt + text))
 
     def next_logits(read: list[int]) -> Tensor:
         so_far = bytes(read[1:] if read[:1] == [BOS] else read)
