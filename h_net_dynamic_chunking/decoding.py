@@ -178,11 +178,10 @@ class Decoding:
         self._step += 1
         uniform = self._uniforms.index_select(1, self._step)
         ids, logprobs = draw(self._logits, uniform, self._parameters, self._seen)
-        exists = logprobs.isfinite()
-        writes = self._active & exists
-        if self._eos:
-            writes = writes & (ids != EOS)
-        values = ids.where(writes, NO_BYTE).where(exists | ~self._active, NO_DISTRIBUTION)
+        broken = logprobs.isnan()
+        ends = broken | (ids == EOS) if self._eos else broken
+        writes = self._active & ~ends
+        values = ids.where(writes, NO_BYTE).where(~(self._active & broken), NO_DISTRIBUTION)
         self._values.index_copy_(1, self._step, values.to(torch.int16).unsqueeze(1))
         self._logprobs.index_copy_(1, self._step, logprobs.unsqueeze(1))
 

@@ -89,7 +89,7 @@ class Draw(NamedTuple):
     """int64 (batch,)."""
     logprobs: Tensor
     """float32 (batch,): log-probabilities of the ids, in nats, under the logits as they came:
-    before any filter and at temperature 1. Not finite where the logits give no distribution."""
+    before any filter and at temperature 1. NaN where the logits give no distribution."""
 
 
 def draw(
@@ -118,7 +118,7 @@ def draw(
         filtered = keep_min_p(filtered, parameters.min_p)
     drawn = inverse_cdf(filtered.softmax(-1), uniform)
     ids = torch.where(parameters.temperature.squeeze(-1) > 0, drawn, greedy)
-    logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    logprobs = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     return Draw(ids, logprobs)
 
 
@@ -135,15 +135,14 @@ def penalized(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
 
 
 def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
-    """(logits - largest) / temperature; a temperature of 0 counts as 1.
+    """(logits - largest) / temperature.
 
     >>> tempered(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5]])).tolist()
     [[-4.0, 0.0]]
     """
-    tiny = torch.finfo(temperature.dtype).tiny
-    divisor = torch.where(temperature > 0, temperature.clamp(min=tiny), 1.0)
-    # From the largest down, so that a tiny temperature overflows to -inf and never to inf.
-    return (logits - logits.amax(-1, keepdim=True)) / divisor
+    # From the largest down, so that a temperature near 0 overflows to -inf and never to inf.
+    smallest = torch.finfo(temperature.dtype).tiny
+    return (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=smallest)
 
 
 def keep_top_k(logits: Tensor, k: Tensor | int) -> Tensor:
