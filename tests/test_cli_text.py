@@ -27,7 +27,12 @@ TEXTS = {
     "esc": b"\x1b[2J",
 }
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-TERMINAL = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor", "NO_COLOR": ""}
+TERMINAL: dict[str, str | None] = {
+    "FORCE_COLOR": "1",
+    "TERM": "xterm-256color",
+    "COLORTERM": "truecolor",
+    "NO_COLOR": None,
+}
 
 
 @pytest.fixture
