@@ -111,10 +111,16 @@ def test_a_seed_that_was_chosen_gives_the_text_again(monkeypatch: pytest.MonkeyP
     module = importlib.import_module("h_net_dynamic_chunking.cli.generate")
     mock = MockModel(lambda read: torch.zeros(256))
     monkeypatch.setattr(module, "load_model", lambda *asked: mock)
-    first, second = (generate_json("--prompt", "a", "--max-new", 20)[0] for _ in range(2))
+    args = ("--max-new", 20, "--no-eos")
+    first, second = (generate_json("--prompt", "a", *args)[0] for _ in range(2))
     assert first["base64"] != second["base64"]
-    (again,) = generate_json("--prompt", "a", "--max-new", 20, "--seed", first["seed"])
+    (again,) = generate_json("--prompt", "a", *args, "--seed", first["seed"])
     assert again["base64"] == first["base64"]
+    # Also from line to line.
+    command = ["generate", "--model", "any", "--interactive", "--json", *map(str, args)]
+    lines = CliRunner().invoke(app, command, input="a\na\n").stdout.splitlines()
+    one, other = (json.loads(line)["base64"] for line in lines)
+    assert one != other
 
 
 def test_prompts_that_are_not_utf8(model: MockModel, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def generate_command(
     if interactive and (prompt or file is not None):
         raise ValueError("--interactive excludes --prompt and --file")
     prompts = None if interactive else prompts_of(prompt, file)
+    if seed is not None:
+        row_seeds(seed, 1)  # before a model is loaded in vain
     settings = Settings(
         max_new,
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
@@ -86,9 +88,6 @@ def generate_command(
         eos,
         plan,
     )
-    # Known, so that a text that was not asked for by its seed can be had again.
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    row_seeds(seed, 1)
     loaded = load_model(model, config, dtype, device)
     screen = Screen(no_color)
     if prompts is not None:
@@ -104,7 +103,7 @@ def generate_command(
 def write(
     model: Any,
     prompts: list[bytes],
-    seed: int,
+    seed: int | None,
     settings: Settings,
     screen: Screen,
     echo: bool,
@@ -114,6 +113,8 @@ def write(
 
     One prompt is shown as its text comes, several one after another at the end.
     """
+    # Known, and part of the JSON, so that a text that was met by chance can be had again.
+    seed = secrets.randbelow(2**31) if seed is None else seed
     seeds = row_seeds(seed, len(prompts))
     rows = [Continuation(*row, settings) for row in zip(prompts, seeds, strict=True)]
     stages = model.config.stages
