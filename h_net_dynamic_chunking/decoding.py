@@ -26,7 +26,8 @@ PLANS = ("auto", "compact", "masked")
 NO_BYTE = -1
 NO_DISTRIBUTION = -2
 
-# Bytes that an accelerator chooses before the host looks at them, where nobody waits for each.
+# Bytes that an accelerator chooses before the host looks at them, where nobody waits for each. Rows
+# that end in between rest, so that at most so many steps without a row left are run.
 STEPS_A_LOOK = 16
 
 
@@ -69,7 +70,7 @@ class Decoding:
         stops: strings that end a row.
         bos: whether the model reads BOS before the prompt.
         eos: whether EOS ends a row; without, it is a byte like any other.
-        plan: of `model.step`.
+        plan: of `model.step`, which must also take a batch in which no row is active.
         keep_logprobs: whether blocks have log-probabilities.
         keep_depths: whether blocks have depths. Then the model reads the last bytes too.
         each_step: look at the bytes after each step, wherever the model is.

@@ -58,9 +58,9 @@ class ChunkWriter:
         """Write the characters that `content` completes."""
         self._write([*self._characters.feed(content, depths)], bold)
 
-    def flush(self, bold: bool = False) -> None:
+    def flush(self) -> None:
         """Write U+FFFD if a character was begun and not completed."""
-        self._write([*self._characters.flush()], bold)
+        self._write([*self._characters.flush()], bold=False)
 
     def _write(self, characters: list[tuple[str, int]], bold: bool) -> None:
         if not self._screen.colored:
