@@ -130,7 +130,7 @@ class StepGraphs:
             cache.reserve(1)
         active = self.active.clone()
         self.active.zero_()
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for segment in self._segments():

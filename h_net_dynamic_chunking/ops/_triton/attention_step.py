@@ -1,0 +1,288 @@
+"""One position of causal attention between its two projections; see `layers.attention`.
+
+The slots in use are split over `_SPLITS` programs for each row and head, so that one row with a
+long context keeps a device busy; a second kernel merges them. How they are split depends on the
+position of the row and the size of the cache, never on the other rows.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.step_common import (
+    check_active,
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    launch_options,
+    load_flag,
+    rounded,
+    wait_for_inputs,
+)
+
+_SPLITS = 16
+_SLOTS = 32  # that a program reads at once
+# A cache up to this size is not split: its one program takes less time than the second kernel.
+_ONE_PROGRAM = 128
+
+
+@triton.jit
+def load_rotated(
+    row,
+    o_d,
+    m_d,
+    position,
+    ROTARY_DIM: tl.constexpr,
+    LOG2_BASE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """One head of q or k turned by its position, rounded to its dtype, in float32."""
+    x = tl.load(row + o_d, m_d, 0)
+    if ROTARY_DIM > 0:
+        half: tl.constexpr = ROTARY_DIM // 2
+        turned = o_d < ROTARY_DIM
+        o_pair = tl.where(o_d < half, o_d + half, o_d - half)
+        pair = tl.load(row + o_pair, turned, 0).to(tl.float32)
+        # In float64, because a position multiplies the error of its frequency.
+        exponent = (o_d % half).to(tl.float64) * (-2.0 / ROTARY_DIM * LOG2_BASE)
+        angle = position.to(tl.float32) * tl.exp2(exponent).to(tl.float32)
+        pair = tl.where(o_d < half, -pair, pair) * tl.sin(angle)
+        y = rounded(x.to(tl.float32) * tl.cos(angle) + pair, x.dtype, INTERPRETED)
+        x = tl.where(turned, y, x)
+    return x
+
+
+@triton.jit
+def attention_step_kernel(
+    qkv_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    active_ptr,
+    out_ptr,
+    sums_ptr,
+    qkv_stride,
+    slots,
+    heads,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    LOG2_BASE: tl.constexpr,
+    RING: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One split of one head of one row; tiles are (slot, channel).
+
+    The new key and value come from qkv: the first split writes them, and none reads them back.
+    out is the result where there is one split; else the sum of values, and sums the greatest score
+    and the sum of weights, in base 2.
+    """
+    wait_for_inputs(OVERLAP)
+    i_m, i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    live = load_flag(active_ptr + i_m, HAS_ACTIVE)
+    m_d &= live
+    position = tl.load(position_ptr + i_m)
+    slot = (position % slots if RING else position).to(tl.int32)
+    used = tl.minimum(position + 1, slots).to(tl.int32)
+    # How far back from the new position, and from which slot on.
+    reach = (tl.minimum(position, WINDOW) if WINDOW >= 0 else position).to(tl.int32)
+    first = 0 if RING else slot - reach
+
+    q_row = qkv_ptr + i_m * qkv_stride + i_h * HEAD_DIM
+    q = load_rotated(q_row, o_d, m_d, position, ROTARY_DIM, LOG2_BASE, INTERPRETED)
+    q = q.to(tl.float32) * scale
+    slot_stride = heads * HEAD_DIM
+    head = i_m * slots * slot_stride + i_h * HEAD_DIM
+    greatest = -1e30  # below any score, and yet finite: it is subtracted
+    total = 0.0
+    mixed = tl.zeros((BLOCK_D,), tl.float32)
+    if i_s == 0:
+        k_row = q_row + slot_stride
+        k = load_rotated(k_row, o_d, m_d, position, ROTARY_DIM, LOG2_BASE, INTERPRETED)
+        v = tl.load(k_row + slot_stride + o_d, m_d, 0)
+        m_new = tl.where(slot < slots, m_d, False)
+        new = head + slot.to(tl.int64) * slot_stride + o_d
+        tl.store(keys_ptr + new, k, m_new)
+        tl.store(values_ptr + new, v, m_new)
+        greatest = tl.sum(q * k.to(tl.float32), 0)
+        total = 1.0
+        mixed = v.to(tl.float32)
+
+    share = tl.cdiv(tl.cdiv(used - first, SPLITS), BLOCK_S) * BLOCK_S
+    start = first + i_s * share
+    end = tl.minimum(start + share, used)
+    end = tl.where(live, end, start)
+    for s in range(start, end, BLOCK_S):
+        o_s = s + tl.arange(0, BLOCK_S)
+        # How many positions before the new one; the new one itself is in already.
+        age = slot - o_s
+        if RING:
+            age = tl.where(age < 0, age + slots, age)
+        m_s = (o_s < end) & (age > 0) & (age <= reach)
+        tile = head + o_s.to(tl.int64)[:, None] * slot_stride + o_d[None, :]
+        mask = m_s[:, None] & m_d[None, :]
+        k = tl.load(keys_ptr + tile, mask, 0).to(tl.float32)
+        v = tl.load(values_ptr + tile, mask, 0).to(tl.float32)
+        score = tl.where(m_s, tl.sum(k * q[None, :], 1), -float("inf"))
+        higher = tl.maximum(greatest, tl.max(score, 0))
+        weight = tl.exp2(score - higher)
+        kept = tl.exp2(greatest - higher)
+        total = total * kept + tl.sum(weight, 0)
+        mixed = mixed * kept + tl.sum(weight[:, None] * v, 0)
+        greatest = higher
+
+    part = (i_m * heads + i_h) * SPLITS + i_s
+    if SPLITS == 1:
+        mixed = tl.where(live, mixed / total, 0)
+    else:
+        tl.store(sums_ptr + 2 * part, greatest)
+        tl.store(sums_ptr + 2 * part + 1, total)
+    mixed = rounded(mixed, out_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(out_ptr + part * HEAD_DIM + o_d, mixed, o_d < HEAD_DIM)
+
+
+@triton.jit
+def merge_splits_kernel(
+    parts_ptr,
+    sums_ptr,
+    active_ptr,
+    out_ptr,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One head of one row; tiles are (split, channel)."""
+    wait_for_inputs(OVERLAP)
+    i_m = tl.program_id(0).to(tl.int64)
+    head = i_m * heads + tl.program_id(1)
+    o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    sums = sums_ptr + 2 * (head * SPLITS + o_s)
+    greatest, total = tl.load(sums), tl.load(sums + 1)
+    tile = (head * SPLITS + o_s)[:, None] * HEAD_DIM + o_d[None, :]
+    parts = tl.load(parts_ptr + tile, m_d[None, :], 0)
+    weight = tl.exp2(greatest - tl.max(greatest, 0))
+    out = tl.sum(weight[:, None] * parts, 0) / tl.sum(weight * total, 0)
+    out = tl.where(load_flag(active_ptr + i_m, HAS_ACTIVE), out, 0)
+    out = rounded(out, out_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(out_ptr + head * HEAD_DIM + o_d, out, m_d)
+
+
+def attention_step(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    *,
+    rotary_dim: int,
+    rotary_base: float = 10000.0,
+    ring: bool,
+    window_size: int = -1,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Turn q and k, put k and v into their slot, and attend to the slots in use.
+
+    qkv:            (rows, 3 * d_model), float: all q, all k, all v, each (head, channel)
+    keys, values:   (rows, slots, heads, head_dim), dtype of `qkv`; one slot of each row is written
+    position:       int64 (rows,): positions that each row has seen; not advanced here
+    ring:           whether position t stands in slot t modulo slots; else t must be below slots,
+                    and nothing is written for a row that has none left
+    window_size:    positions to the left that are kept besides the own one; -1 for all
+    active:         bool (rows,), or None for all. The others keep their caches to the bit
+    out:            (rows, d_model), dtype of `qkv`; zeros where a row is not active
+
+    Turned q and k are rounded to the dtype of `qkv`, as in the layer; all else is float32, and the
+    result rounded once.
+
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+    """
+    _check(qkv, keys, values, position, rotary_dim, window_size, active)
+    rows, slots, heads, head_dim = keys.shape
+    splits = 1 if slots <= _ONE_PROGRAM else _SPLITS
+    block_d = triton.next_power_of_2(head_dim)
+    out = qkv.new_empty(rows, heads * head_dim)
+    parts, sums = out, out
+    if splits > 1:
+        parts = qkv.new_empty(rows, heads, splits, head_dim, dtype=torch.float32)
+        sums = qkv.new_empty(rows, heads, splits, 2, dtype=torch.float32)
+    options = launch_options(qkv)
+    attention_step_kernel[(rows, heads, splits)](
+        qkv_ptr=qkv,
+        keys_ptr=keys,
+        values_ptr=values,
+        position_ptr=position,
+        active_ptr=position if active is None else active,
+        out_ptr=parts,
+        sums_ptr=sums,
+        qkv_stride=qkv.stride(0),
+        slots=slots,
+        heads=heads,
+        scale=head_dim**-0.5 * math.log2(math.e),
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        LOG2_BASE=math.log2(rotary_base),
+        RING=ring,
+        WINDOW=window_size,
+        HAS_ACTIVE=active is not None,
+        SPLITS=splits,
+        BLOCK_S=_SLOTS,
+        BLOCK_D=block_d,
+        num_warps=4,
+        **options,
+    )
+    if splits > 1:
+        merge_splits_kernel[(rows, heads)](
+            parts_ptr=parts,
+            sums_ptr=sums,
+            active_ptr=position if active is None else active,
+            out_ptr=out,
+            heads=heads,
+            HEAD_DIM=head_dim,
+            HAS_ACTIVE=active is not None,
+            SPLITS=splits,
+            BLOCK_D=block_d,
+            num_warps=4,
+            **options,
+        )
+    return out
+
+
+def _check(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    rotary_dim: int,
+    window_size: int,
+    active: Tensor | None,
+) -> None:
+    if keys.ndim != 4 or 0 in keys.shape:
+        raise ValueError(f"keys must be (rows, slots, heads, head_dim), got {tuple(keys.shape)}")
+    rows, _, heads, head_dim = keys.shape
+    check_shape("qkv", qkv, rows, 3 * heads * head_dim)
+    for name, tensor in (("keys", keys), ("values", values)):
+        check_contiguous(name, tensor, *keys.shape)
+        check_dtype(name, tensor, qkv.dtype)
+    check_contiguous("position", position, rows)
+    check_dtype("position", position, torch.int64)
+    if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+        raise ValueError(f"rotary_dim must be even and in 0 .. {head_dim}, got {rotary_dim}")
+    if window_size < -1:
+        raise ValueError(f"window_size must be -1 (no window) or more, got {window_size}")
+    check_active(active, rows)

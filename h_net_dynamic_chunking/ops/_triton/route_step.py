@@ -1,0 +1,113 @@
+"""Boundary probability of one position of each row, eq. (4); the packed form is `ops.boundary`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.step_common import (
+    check_active,
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    launch_options,
+    load_flag,
+    rounded,
+    wait_for_inputs,
+)
+
+
+@triton.jit
+def unit(x):
+    """x / |x|, and zeros where |x| is zero."""
+    norm = tl.sqrt_rn(tl.sum(x * x, 0))
+    return x * tl.where(norm > 0, tl.div_rn(1.0, tl.where(norm > 0, norm, 1.0)), 0.0)
+
+
+@triton.jit
+def route_step_kernel(
+    queries_keys_ptr,
+    previous_key_ptr,
+    is_first_ptr,
+    active_ptr,
+    p_ptr,
+    boundary_ptr,
+    queries_keys_stride,
+    threshold,
+    DIM: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait_for_inputs(OVERLAP)
+    i_m = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK)
+    mask = o_d < DIM
+    live = load_flag(active_ptr + i_m, HAS_ACTIVE)
+    row = queries_keys_ptr + i_m * queries_keys_stride
+    p_previous = previous_key_ptr + i_m * DIM + o_d
+    q = tl.load(row + o_d, mask, 0).to(tl.float32)
+    k = tl.load(row + DIM + o_d, mask, 0).to(tl.float32)
+    previous = tl.load(p_previous, mask, 0).to(tl.float32)
+
+    p = 0.5 - 0.5 * tl.sum(unit(q) * unit(previous), 0)
+    # A NaN stays one, and is no boundary.
+    p = tl.where(p < 0, 0.0, tl.where(p > 1, 1.0, p))
+    p = tl.where(load_flag(is_first_ptr + i_m, True), 1.0, p)
+    tl.store(p_ptr + i_m, p)
+    tl.store(boundary_ptr + i_m, (p > threshold) & live)
+    k = rounded(k, previous_key_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(p_previous, k, mask & live)
+
+
+def route_step(
+    queries_keys: Tensor,
+    previous_key: Tensor,
+    is_first: Tensor,
+    threshold: float,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """p = (1 - cos(q, previous key)) / 2 of each row, and whether it lies above the threshold.
+
+    queries_keys:   (rows, 2 * dim), float: query and key of the position
+    previous_key:   (rows, dim), float: the key before; replaced by the new one in place
+    is_first:       bool (rows,): rows whose first position this is; p = 1 there
+    threshold:      in (0, 1); a boundary needs p strictly above it
+    active:         bool (rows,), or None for all. The others open no chunk, keep their previous
+                    key to the bit, and have any p
+    out:            p, float32 (rows,), and the boundaries, bool (rows,)
+
+    Norms and products are float32. A zero vector has p = 0.5; see `ops.boundary`.
+
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+    """
+    if previous_key.ndim != 2:
+        raise ValueError(f"previous_key must be (rows, dim), got {tuple(previous_key.shape)}")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must be in (0, 1), got {threshold}")
+    rows, dim = previous_key.shape
+    check_shape("queries_keys", queries_keys, rows, 2 * dim)
+    check_contiguous("previous_key", previous_key, rows, dim)
+    check_contiguous("is_first", is_first, rows)
+    check_dtype("is_first", is_first, torch.bool)
+    check_active(active, rows)
+    p = queries_keys.new_empty(rows, dtype=torch.float32)
+    boundary = queries_keys.new_empty(rows, dtype=torch.bool)
+    route_step_kernel[(rows,)](
+        queries_keys_ptr=queries_keys,
+        previous_key_ptr=previous_key,
+        is_first_ptr=is_first,
+        active_ptr=is_first if active is None else active,
+        p_ptr=p,
+        boundary_ptr=boundary,
+        queries_keys_stride=queries_keys.stride(0),
+        threshold=threshold,
+        DIM=dim,
+        HAS_ACTIVE=active is not None,
+        BLOCK=triton.next_power_of_2(dim),
+        num_warps=4,
+        **launch_options(queries_keys),
+    )
+    return p, boundary

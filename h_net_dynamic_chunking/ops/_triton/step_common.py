@@ -1,0 +1,101 @@
+"""What the decoding kernels share: device functions, launch options, checks.
+
+A step is a chain of short kernels, and starting one costs as much as running it. On Hopper and
+later the kernels therefore overlap (programmatic dependent launch): each starts while the one
+before still runs, asks for its weights, and waits for the other's results in `wait_for_inputs`.
+Nothing that an earlier kernel may write is read before that, and nothing is written; a prefetch
+into L2, where all of the device meets, may come earlier.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# None: where the device can. True and False are for measurements.
+overlap_launches: bool | None = None
+
+
+@triton.jit
+def silu(x):
+    return x / (1 + tl.exp(-x))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x, float32, to the nearest number of `dtype`, of two the even one."""
+    if INTERPRETED and dtype == tl.bfloat16:  # which it would cut off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_flag(pointer, GIVEN: tl.constexpr):
+    """One bool; True where the tensor is not given."""
+    flag = True
+    if GIVEN:
+        flag = flag & tl.load(pointer)  # in this order: the interpreter keeps the type on the left
+    return flag
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Stand before the first access to what other kernels write; let the next kernel start."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the 128-byte lines at `pointers`, all legal addresses, to be brought to L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def launch_options(tensor: Tensor) -> dict[str, Any]:
+    """Keywords of a launch: two flags of every kernel, and what the driver must know of them."""
+    if tensor.device.type != "cuda":
+        return {"INTERPRETED": True, "OVERLAP": False}
+    overlap = overlap_launches
+    if overlap is None:
+        overlap = torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return {"INTERPRETED": False, "OVERLAP": overlap, "launch_pdl": overlap}
+
+
+def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    """Raise ValueError unless `tensor` has this shape, and neighbours in its last dimension."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must have stride 1 in its last dimension, got {tensor.stride()}")
+
+
+def check_contiguous(name: str, tensor: Tensor, *shape: int) -> None:
+    """Raise ValueError unless `tensor` has this shape and is contiguous."""
+    check_shape(name, tensor, *shape)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `tensor` has this dtype."""
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def check_active(active: Tensor | None, rows: int) -> None:
+    """Raise ValueError unless `active` is None or bool (rows,)."""
+    if active is not None:
+        check_contiguous("active", active, rows)
+        check_dtype("active", active, torch.bool)

@@ -1,0 +1,46 @@
+"""A whole step on the kernels for few rows, in Triton's interpreter where there is no GPU.
+
+They run only where every row of a cache steps, and the torch path is the oracle.
+"""
+
+import os
+
+import pytest
+import torch
+
+from h_net_dynamic_chunking.layers import fused_step
+from h_net_dynamic_chunking.ops.backend import use_backend
+from tests.inference.models import random_ids, random_model
+from tests.inference.test_parity import feed
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton's interpreter; tests/inference/test_gpu.py is the same on a GPU",
+)
+pytest.importorskip("triton", reason="needs triton")
+
+# Steps of all rows, steps in which one row waits, and a piece.
+PIECES = [[8, 1, 0, 1, 5], [8, 1, 1, 1, 4]]
+
+
+@pytest.mark.parametrize("name", ["one_stage", "isotropic"])
+def test_steps_equal_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 within 1e-4, masked, so that rows at rest go through the kernels too."""
+    calls = []
+    original = fused_step.fused_step
+
+    def counting(*args, **options):
+        calls.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr("h_net_dynamic_chunking.layers.isotropic.fused_step", counting)
+    model, ids = random_model(name, torch.float32), random_ids(2, 15)
+    with torch.no_grad():
+        want = model(ids)
+    with use_backend("triton"):
+        got, boundaries = feed(model, ids, PIECES, "masked")
+    assert float((got - want.logits).abs().max()) < 1e-4
+    assert len(calls) == 3 * (2 * model.config.stages + 1)
+    for row, stages in enumerate(boundaries):
+        for counts, stage in zip(stages, want.stages, strict=True):
+            assert int(sum(counts)) == int(stage.boundary_mask[row].sum())

@@ -1,0 +1,459 @@
+"""The Triton kernels of a decoding step beside plain torch: the layers' own step, or its formula.
+
+On a GPU they are compiled; without one they are interpreted (see conftest.py), on small shapes.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from h_net_dynamic_chunking.layers import CausalAttention, Mamba2, SwiGLU
+from h_net_dynamic_chunking.layers.norm import RMSNorm
+from h_net_dynamic_chunking.ops import (
+    boundary_probability_step,
+    ema_smooth_step,
+    expand_step,
+)
+from tests.support import assert_close, assert_within_low_precision_budget, boundaries, generator
+
+pytest.importorskip("triton")
+
+from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
+from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
+from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+from h_net_dynamic_chunking.ops._triton.mamba_step import mamba_step
+from h_net_dynamic_chunking.ops._triton.route_step import route_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = [1, 3, 17, 64]
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed)).to(DEVICE, dtype)
+
+
+def parameters(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return (numbers(*shape, seed=seed) / shape[-1] ** 0.5).to(dtype)
+
+
+def some_active(rows: int) -> Tensor:
+    """Two of three rows, the first among them."""
+    return (torch.arange(rows) % 3 != 1).to(DEVICE)
+
+
+def assert_agrees(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """In float32 the table's tolerance, in less at most twice the error of plain torch."""
+    assert got.dtype == plain.dtype
+    if got.dtype == torch.float32:
+        assert_close(name, got, exact.float())
+    else:
+        assert_within_low_precision_budget(got, plain, exact)
+
+
+def in_both(function: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, Tensor]:
+    """`function` of the inputs in their dtypes, and of all of them in float64."""
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, torch.nn.Module):
+            return copy.deepcopy(value).double()
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if is_float else value
+
+    with torch.no_grad():
+        return function(*inputs), function(*(widened(value) for value in inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (131, 37)])
+def test_linear(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    """With and without a bias, into a view of a wider tensor, and in another dtype."""
+    x, weight = numbers(rows, inputs, dtype=dtype), parameters(outputs, inputs, seed=1, dtype=dtype)
+    bias = numbers(outputs, seed=2, dtype=dtype)
+    assert_agrees("product", linear_step(x, weight), *in_both(F.linear, x, weight))
+
+    wide = numbers(rows, outputs + 3, dtype=dtype)
+    margin = wide[:, outputs:].clone()
+    got = linear_step(x, weight, bias=bias, out=wide[:, :outputs])
+    assert got.data_ptr() == wide.data_ptr()
+    assert_agrees("with bias", got, *in_both(F.linear, x, weight, bias))
+    assert torch.equal(wide[:, outputs:], margin)
+
+    got = linear_step(x, weight, out_dtype=torch.float32)
+    assert_close("in float32", got, F.linear(x.double(), weight.double()).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [64, 75])
+def test_linear_after_gate_and_norm(dtype: torch.dtype, rows: int, width: int) -> None:
+    """As Mamba-2 goes back to the residual stream, whose float32 is added to in place."""
+    norm, weight = RMSNorm(width).to(DEVICE, dtype), parameters(40, width, seed=1, dtype=dtype)
+    norm.weight.data += 0.1 * numbers(width, seed=2, dtype=dtype)
+    y, projected = numbers(rows, width, seed=3, dtype=dtype), numbers(rows, 200, seed=4).to(dtype)
+    gate, residual = projected[:, :width], numbers(rows, 40, seed=5)
+
+    def plain(y: Tensor, gate: Tensor, norm: RMSNorm, weight: Tensor, h: Tensor) -> Tensor:
+        return h + F.linear(norm(y * F.silu(gate)), weight)
+
+    want = in_both(plain, y, gate, norm, weight, residual)
+    h = residual.clone()
+    got = linear_step(y, weight, gate=gate, norm_weight=norm.weight, residual=h)
+    assert got.data_ptr() == h.data_ptr()
+    if dtype == torch.float32:
+        assert_close("stream", got, want[1].float())
+    else:
+        assert_within_low_precision_budget(got, *want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_swiglu(dtype: torch.dtype, rows: int) -> None:
+    """The MLP of a layer with its norm, on the float32 residual stream."""
+    torch.manual_seed(0)
+    norm, mlp = RMSNorm(72).to(DEVICE, dtype), SwiGLU(72, 128).to(DEVICE, dtype)
+    h = 3 * numbers(rows, 72)
+    want = in_both(lambda h, norm, mlp: mlp(norm(h)), h, norm, mlp)
+    hidden = linear_step(h, mlp.fc1.weight, norm_weight=norm.weight, swiglu=True)
+    assert_agrees("mlp", linear_step(hidden, mlp.fc2.weight), *want)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": True}, {"norm": True, "gate": True}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rows_are_independent(dtype: torch.dtype, options: dict[str, bool]) -> None:
+    """Alone, among few and among many a row has the same bits, beside rows of NaN too."""
+    x, weight = numbers(128, 256), parameters(64, 256, seed=1, dtype=dtype)
+    norm = numbers(256, seed=2, dtype=dtype) if "norm" in options else None
+    gate = numbers(128, 256, seed=3, dtype=dtype) if "gate" in options else None
+
+    def run(rows: slice) -> Tensor:
+        part = None if gate is None else gate[rows]
+        return linear_step(x[rows], weight, norm_weight=norm, gate=part)
+
+    alone = run(slice(0, 1))
+    assert alone.isfinite().all()
+    x[1:] = torch.nan
+    for rows in (1, 3, 17, 64, 128):
+        assert torch.equal(run(slice(0, rows))[:1], alone), rows
+
+
+def test_linear_refuses() -> None:
+    x, weight = numbers(2, 8), numbers(6, 8)
+    for arguments, message in (
+        ({"x": numbers(129, 8)}, r"x must have 1 to 128 rows \(rows, in\), got \(129, 8\)"),
+        ({"x": numbers(2, 9)}, r"x must have shape \(2, 8\), got \(2, 9\)"),
+        ({"weight": numbers(8, 6).T}, "weight must have stride 1"),
+        ({"weight": numbers(5, 8), "swiglu": True}, r"weight must have shape \(2 \* out, in\)"),
+        ({"weight": weight.double()}, "weight must be float32, bfloat16 or float16"),
+        ({"gate": numbers(2, 7)}, "gate must have shape"),
+        ({"bias": numbers(3)}, "bias must have shape"),
+        ({"norm_weight": numbers(6)}, "norm_weight must have shape"),
+        ({"residual": numbers(2, 6).bfloat16()}, "residual must be torch.float32"),
+        ({"residual": numbers(2, 6), "out": numbers(2, 6)}, "out and out_dtype must be None"),
+        ({"out": numbers(2, 5)}, "out must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_step(**{"x": x, "weight": weight, **arguments})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("d_state", "head_dim", "d_conv"), [(16, 16, 4), (24, 12, 2), (5, 3, 1)])
+def test_mamba(dtype: torch.dtype, rows: int, d_state: int, head_dim: int, d_conv: int) -> None:
+    """Three positions of the whole mixer; the rows that rest keep their caches to the bit."""
+    torch.manual_seed(0)
+    d_model = 2 * head_dim
+    mixer = Mamba2(d_model, d_state=d_state, head_dim=head_dim, d_conv=d_conv).to(DEVICE, dtype)
+    exact = copy.deepcopy(mixer).double()
+    x = numbers(rows, 4, d_model, dtype=dtype)
+    caches = [mixer.allocate_inference_cache(rows, 4) for _ in range(2)]
+    exact_cache = exact.allocate_inference_cache(rows, 4)
+
+    def step(x: Tensor, active: Tensor | None = None) -> Tensor:
+        return mamba_mixer_step(mixer, x, caches[0], active)
+
+    for position in range(3):
+        step(x[:, position])
+        plain = mixer.step(x[:, position], caches[1])
+        want = exact.step(x[:, position].double(), exact_cache)
+    # The states after all, and the output of the last position.
+    assert torch.equal(caches[0].conv, caches[1].conv)
+    state = caches[0].state
+    if dtype == torch.float32:
+        assert_close("state", state, exact_cache.state.float())
+    else:
+        assert_within_low_precision_budget(state, caches[1].state, exact_cache.state)
+
+    active, before = some_active(rows), copy.deepcopy(caches[0])
+    last = torch.where(active[:, None], x[:, 3], torch.nan)
+    got = step(last, active)
+    plain, want = mixer.step(x[:, 3], caches[1]), exact.step(x[:, 3].double(), exact_cache)
+    assert_agrees("output", got[active], plain[active], want[active])
+    assert torch.equal(caches[0].conv[active], caches[1].conv[active])
+    for name in ("conv", "state"):
+        now, then = getattr(caches[0], name), getattr(before, name)
+        assert torch.equal(now[~active], then[~active]), name
+        assert not torch.equal(now[active], then[active]) or now.numel() == 0, name
+
+
+@torch.no_grad()
+def mamba_mixer_step(mixer: Mamba2, x: Tensor, cache: Any, active: Tensor | None) -> Tensor:
+    """The mixer's own projections around `mamba_step`."""
+    projected = mixer.in_proj(x)
+    y = mamba_step(
+        projected,
+        cache.conv,
+        cache.state,
+        conv_weight=mixer.conv1d.weight,
+        conv_bias=mixer.conv1d.bias,
+        dt_bias=mixer.dt_bias,
+        A_log=mixer.A_log,
+        D=mixer.D,
+        active=active,
+    )
+    return mixer._gated(y.unflatten(-1, (-1, mixer.head_dim)), projected[:, : mixer.d_inner])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "window_size", "max_seqlen"),
+    [(96, 48, -1, 40), (24, 10, 36, 200), (8, 0, 5, 20), (16, 16, -1, 150), (16, 8, 140, 160)],
+)
+def test_attention(
+    dtype: torch.dtype,
+    rows: int,
+    head_dim: int,
+    rotary_dim: int,
+    window_size: int,
+    max_seqlen: int,
+) -> None:
+    """Rows at positions of their own, from the first to the last slot and round the ring."""
+    torch.manual_seed(0)
+    mixer = CausalAttention(2 * head_dim, 2, rotary_dim=rotary_dim, window_size=window_size).to(
+        DEVICE, dtype
+    )
+    exact = copy.deepcopy(mixer).double()
+    cache = mixer.allocate_inference_cache(rows, max_seqlen)
+    slots = cache.keys.shape[1]
+    last = 3 * slots if cache.ring else slots - 1
+    cache.position.copy_(torch.linspace(last, 0, rows).long())
+    for seed, tensor in enumerate((cache.keys, cache.values)):
+        tensor.copy_(numbers(*tensor.shape, seed=seed + 5, dtype=dtype))
+    x = numbers(rows, 2 * head_dim, dtype=dtype)
+    active = some_active(rows)
+
+    caches = [copy.deepcopy(cache) for _ in range(2)]
+    exact_cache = copy.deepcopy(cache)
+    exact_cache.keys, exact_cache.values = cache.keys.double(), cache.values.double()
+    qkv = mixer.Wqkv(x)
+    mixed = attention_step(
+        torch.where(active[:, None], qkv, torch.nan),
+        caches[0].keys,
+        caches[0].values,
+        caches[0].position,
+        rotary_dim=rotary_dim,
+        ring=cache.ring,
+        window_size=window_size,
+        active=active,
+    )
+    got = mixer.out_proj(mixed)
+    plain, want = mixer.step(x, caches[1]), exact.step(x.double(), exact_cache)
+    assert_agrees("output", got[active], plain[active], want[active])
+    assert bool((mixed[~active] == 0).all())
+    assert torch.equal(caches[0].position, cache.position)
+    for name in ("keys", "values"):
+        now, then = getattr(caches[0], name), getattr(cache, name)
+        assert torch.equal(now[~active], then[~active]), name
+        assert_agrees(
+            name,
+            now[active],
+            getattr(caches[1], name)[active],
+            getattr(exact_cache, name)[active],
+        )
+
+
+def test_attention_in_a_window_of_a_long_cache() -> None:
+    """Without a ring the window is a matter of the mask; what lies outside may hold anything."""
+    rows, slots, head_dim = 3, 200, 16
+    keys, values = (numbers(rows, slots, 2, head_dim, seed=seed) for seed in (1, 2))
+    position = torch.tensor([0, 7, 180], device=DEVICE)
+    qkv = numbers(rows, 3 * 2 * head_dim)
+    q, new_key, new_value = qkv.view(rows, 3, 2, head_dim).unbind(1)
+    want = []
+    for row, t in enumerate(position.tolist()):
+        first = max(0, t - 5)
+        k = torch.cat([keys[row, first:t], new_key[row, None]])
+        v = torch.cat([values[row, first:t], new_value[row, None]])
+        weights = torch.einsum("hd,shd->hs", q[row], k).div(head_dim**0.5).softmax(-1)
+        want.append(torch.einsum("hs,shd->hd", weights, v).flatten())
+        for tensor in (keys, values):
+            tensor[row, :first] = torch.nan
+            tensor[row, t:] = torch.nan
+    got = attention_step(qkv, keys, values, position, rotary_dim=0, ring=False, window_size=5)
+    assert_close("window", got, torch.stack(want))
+
+
+def test_attention_rows_are_independent() -> None:
+    """A row has the same bits alone as among others, whose caches are NaN."""
+    keys, values = (numbers(5, 150, 2, 24, seed=seed) for seed in (1, 2))
+    keys[1:], values[1:] = torch.nan, torch.nan
+    qkv, position = numbers(5, 144), torch.tensor([100, 3, 149, 0, 60], device=DEVICE)
+
+    def run(rows: int) -> Tensor:
+        caches = keys[:rows].clone(), values[:rows].clone()
+        return attention_step(qkv[:rows], *caches, position[:rows], rotary_dim=8, ring=False)
+
+    assert torch.equal(run(5)[:1], run(1))
+
+
+def test_full_attention_cache_is_not_written() -> None:
+    """A row past the last slot writes nowhere; the layer has refused it before, where it can."""
+    keys, values = (numbers(2, 4, 1, 8, seed=seed) for seed in (1, 2))
+    before = keys.clone(), values.clone()
+    position = torch.tensor([4, 9], device=DEVICE)
+    attention_step(numbers(2, 24), keys, values, position, rotary_dim=0, ring=False)
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dim", [64, 37])
+def test_route(dtype: torch.dtype, rows: int, dim: int) -> None:
+    """p, the boundaries and the keys; the first rows, and those that rest."""
+    queries_keys = numbers(rows, 2 * dim + 3, dtype=dtype)[:, : 2 * dim]
+    previous = numbers(rows, dim, seed=1, dtype=dtype)
+    is_first, active = boundaries(rows, device=DEVICE), some_active(rows)
+    q, k = queries_keys.chunk(2, dim=1)
+    want = boundary_probability_step(q, previous, is_first)
+    queries_keys = torch.where(active[:, None], queries_keys, torch.nan)
+    key = previous.clone()
+    p, boundary = route_step(queries_keys, key, is_first, 0.5, active)
+    assert p.dtype == torch.float32
+    assert_close("p", p[active], want[active])
+    assert torch.equal(boundary[active], p[active] > 0.5)
+    assert not boundary[~active].any()
+    assert torch.equal(key, torch.where(active[:, None], k, previous))
+
+
+def test_route_at_the_edges() -> None:
+    """Zero vectors tie at 0.5, which is no boundary; the same and the opposite key; a NaN."""
+    q = torch.tensor([[0.0, 0], [3, 0], [3, 0], [3, 0], [torch.nan, 1], [3, 4]], device=DEVICE)
+    previous = torch.tensor([[1.0, 2], [0, 0], [5, 0], [-2, 0], [1, 1], [0, 0]], device=DEVICE)
+    is_first = torch.tensor([False] * 5 + [True], device=DEVICE)
+    p, boundary = route_step(torch.cat([q, q], 1), previous, is_first, 0.5)
+    assert p.tolist()[:4] == [0.5, 0.5, 0.0, 1.0]
+    assert p[4].isnan()
+    assert p[5] == 1
+    assert boundary.tolist() == [False, False, False, True, False, True]
+    assert torch.equal(previous.nan_to_num(), q.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("dim", "clamp", "weigh_input"), [(64, None, True), (37, 0.1, False)])
+def test_dechunk(
+    dtype: torch.dtype, rows: int, dim: int, clamp: float | None, weigh_input: bool
+) -> None:
+    """Rows of a boundary move on; the others repeat their vector whatever z holds there."""
+    z = numbers(rows, dim + 5, dtype=dtype)
+    smoothed, residual = numbers(rows, dim, seed=1), numbers(rows, dim, seed=2)
+    p = torch.rand(rows, generator=generator(3)).to(DEVICE)
+    opens = boundaries(rows, device=DEVICE)
+    gates = p if clamp is None else p.clamp(clamp, 1 - clamp)
+    moved = ema_smooth_step(z[:, :dim], gates, smoothed, weigh_input=weigh_input)
+    want = torch.where(opens[:, None], moved, smoothed)
+    z = torch.where(opens[:, None], z, torch.nan)
+    for added in (residual, None):
+        state = smoothed.clone()
+        got = dechunk_step(z, state, p, opens, added, dtype, clamp, weigh_input)
+        assert_close("state", state, want)
+        assert torch.equal(state[~opens], smoothed[~opens])
+        total = expand_step(state, added)
+        assert got.dtype == dtype
+        assert_close("out", got, total.to(dtype), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "wrong", "message"),
+    [
+        ("mamba", "projected", (2, 51), "projected must have shape"),
+        ("mamba", "conv", (2, 24, 2), "conv must have shape"),
+        ("mamba", "state", (2, 16, 4), "state must be"),
+        ("mamba", "conv_weight", (23, 4), "conv_weight must have shape"),
+        ("mamba", "dt_bias", (3,), "dt_bias must have shape"),
+        ("mamba", "active", (2,), "active must be torch.bool"),
+        ("attention", "qkv", (2, 47), "qkv must have shape"),
+        ("attention", "values", (2, 5, 2, 7), "values must have shape"),
+        ("attention", "position", (2,), "position must be torch.int64"),
+        ("route", "queries_keys", (2, 7), "queries_keys must have shape"),
+        ("route", "is_first", (2,), "is_first must be torch.bool"),
+        ("dechunk", "z", (2, 3), r"z must be \(2, 4 or more\)"),
+        ("dechunk", "boundary", (2,), "boundary must be torch.bool"),
+        ("dechunk", "residual", (2, 5), "residual must have shape"),
+    ],
+)
+def test_refusals(step: str, name: str, wrong: tuple[int, ...], message: str) -> None:
+    """What does not fit is named, and nothing has changed."""
+    two = torch.ones(2, dtype=torch.bool, device=DEVICE)
+    function, arguments = {
+        "mamba": (
+            mamba_step,
+            {
+                "projected": numbers(2, 42),
+                "conv": numbers(2, 24, 3),
+                "state": numbers(2, 2, 8, 4),
+                "conv_weight": numbers(24, 4),
+                "conv_bias": numbers(24),
+                "dt_bias": numbers(2),
+                "A_log": numbers(2),
+                "D": numbers(2),
+            },
+        ),
+        "attention": (
+            attention_step,
+            {
+                "qkv": numbers(2, 48),
+                "keys": numbers(2, 5, 2, 8),
+                "values": numbers(2, 5, 2, 8),
+                "position": torch.zeros(2, dtype=torch.int64, device=DEVICE),
+                "rotary_dim": 4,
+                "ring": False,
+            },
+        ),
+        "route": (
+            route_step,
+            {
+                "queries_keys": numbers(2, 8),
+                "previous_key": numbers(2, 4),
+                "is_first": two,
+                "threshold": 0.5,
+            },
+        ),
+        "dechunk": (
+            dechunk_step,
+            {
+                "z": numbers(2, 6),
+                "smoothed": numbers(2, 4),
+                "p": numbers(2),
+                "boundary": two,
+                "residual": numbers(2, 4),
+                "out_dtype": torch.float32,
+            },
+        ),
+    }[step]
+    arguments = {**arguments, name: numbers(*wrong)}
+    before = copy.deepcopy(arguments)
+    with pytest.raises(ValueError, match=message):
+        function(**arguments)
+    for key, value in arguments.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, before[key]), key
