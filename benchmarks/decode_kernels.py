@@ -61,6 +61,7 @@ class Case(NamedTuple):
     copies: int
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64], help="rows at once")
@@ -192,16 +193,16 @@ def plain_linear(
     return y if stream is None else stream.double() + y
 
 
-def stacks(layout: str, dim: int, copies: int) -> list[Block]:
+def stacks(letter: str, dim: int, copies: int) -> list[Block]:
     """Layers of one stack, with the rotary channels and the MLP of hnet_1stage_L."""
-    letter = layout[0]
-    stack = Isotropic(
-        f"{letter}{copies}",
-        dim,
-        attention={"num_heads": 16, "rotary_dim": 48},
-        d_intermediate=4096,
-    )
-    return [block.to("cuda", torch.bfloat16) for block in stack.layers]
+    with torch.device("cuda"):
+        stack = Isotropic(
+            f"{letter}{copies}",
+            dim,
+            attention={"num_heads": 16, "rotary_dim": 48},
+            d_intermediate=4096,
+        )
+    return [block.bfloat16() for block in stack.layers]
 
 
 def mamba_between(block: Block, projected: Tensor, cache: MambaCache) -> Tensor:

@@ -91,7 +91,8 @@ class StepGraphs:
 
     def replay(self) -> None:
         """Read `ids` in the rows that are `active`; `logits` and `decisions` are new then."""
-        if any(not cache.ring and _is_full(cache) for cache in self._attention):
+        grown = [_has_grown(cache) for cache in self._attention]
+        if any(grown):
             self._record()
         if self._rests:
             self._replay_stage(0)
@@ -125,9 +126,9 @@ class StepGraphs:
 
     def _record(self) -> None:
         """Run the step once with no row active, which changes no cache, then record it."""
-        bounds = [positions.bound for positions in self._all_positions]
         for cache in self._attention:
             cache.reserve(1)
+        bounds = [positions.bound for positions in self._all_positions]
         active = self.active.clone()
         self.active.zero_()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
@@ -214,8 +215,11 @@ def _stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache
     return stages
 
 
-def _is_full(cache: AttentionCache) -> bool:
-    return cache.positions.bound + 1 > cache.slots
+def _has_grown(cache: AttentionCache) -> bool:
+    """Whether one more position took new slots. The bound counts steps of rows that rest, too."""
+    slots = cache.slots
+    cache.reserve(1)
+    return cache.slots != slots
 
 
 def _found(cache: Any, wanted: type) -> list[Any]:

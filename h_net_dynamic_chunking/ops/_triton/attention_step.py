@@ -1,7 +1,7 @@
 """One position of causal attention between its two projections; see `layers.attention`.
 
-The slots in use are split over `_SPLITS` programs for each row and head, so that one row with a
-long context keeps a device busy; a second kernel merges them. How they are split depends on the
+The slots in use are split over some programs for each row and head, so that one row with a long
+context keeps a device busy; a second kernel merges them. How they are split depends on the
 position of the row and the size of the cache, never on the other rows.
 """
 
@@ -18,15 +18,17 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     check_dtype,
     check_shape,
     launch_options,
+    let_next_start,
     load_flag,
     rounded,
     wait_for_inputs,
 )
 
-_SPLITS = 16
-_SLOTS = 32  # that a program reads at once
-# A cache up to this size is not split: its one program takes less time than the second kernel.
-_ONE_PROGRAM = 128
+_SLOTS = 64  # that a program reads at once
+# Slots of a cache for each program, and programs at most: fewer slots would cost more in programs
+# than they gain in time.
+_SLOTS_A_SPLIT = 128
+_MOST_SPLITS = 16
 
 
 @triton.jit
@@ -86,6 +88,7 @@ def attention_step_kernel(
     out is the result where there is one split; else the sum of values, and sums the greatest score
     and the sum of weights, in base 2.
     """
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m, i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     o_d = tl.arange(0, BLOCK_D)
@@ -167,6 +170,7 @@ def merge_splits_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One head of one row; tiles are (split, channel)."""
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
     head = i_m * heads + tl.program_id(1)
@@ -214,7 +218,8 @@ def attention_step(
     """
     _check(qkv, keys, values, position, rotary_dim, window_size, active)
     rows, slots, heads, head_dim = keys.shape
-    splits = 1 if slots <= _ONE_PROGRAM else _SPLITS
+    splits = triton.next_power_of_2(max(1, slots // _SLOTS_A_SPLIT))
+    splits = min(splits, _MOST_SPLITS)
     block_d = triton.next_power_of_2(head_dim)
     out = qkv.new_empty(rows, heads * head_dim)
     parts, sums = out, out

@@ -10,6 +10,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     check_dtype,
     check_shape,
     launch_options,
+    let_next_start,
     load_flag,
     rounded,
     wait_for_inputs,
@@ -36,6 +37,7 @@ def dechunk_step_kernel(
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -17,6 +17,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     check_dtype,
     check_shape,
     launch_options,
+    let_next_start,
     load_flag,
     prefetch,
     rounded,
@@ -48,6 +49,7 @@ def conv_step_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Convolution and SiLU of one row at BLOCK channels; moves their window on."""
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -110,6 +112,7 @@ def state_step_kernel(
         o_line = tl.minimum(o_p, head_dim - 1)[:, None] * d_state + lines[None, :]
         row = state_ptr + (i_m * heads + i_h) * head_dim * d_state
         prefetch(row + tl.minimum(o_line, head_dim * d_state - 1))
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
 
     live = load_flag(active_ptr + i_m, HAS_ACTIVE)

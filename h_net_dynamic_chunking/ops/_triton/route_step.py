@@ -11,6 +11,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     check_dtype,
     check_shape,
     launch_options,
+    let_next_start,
     load_flag,
     rounded,
     wait_for_inputs,
@@ -40,6 +41,7 @@ def route_step_kernel(
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)

@@ -3,8 +3,7 @@
 A step is a chain of short kernels, and starting one costs as much as running it. On Hopper and
 later the kernels therefore overlap (programmatic dependent launch): each starts while the one
 before still runs, asks for its weights, and waits for the other's results in `wait_for_inputs`.
-Nothing that an earlier kernel may write is read before that, and nothing is written; a prefetch
-into L2, where all of the device meets, may come earlier.
+Weights, which no kernel writes, may be read before that; nothing else is, and nothing is written.
 """
 
 from typing import Any
@@ -43,11 +42,17 @@ def load_flag(pointer, GIVEN: tl.constexpr):
 
 
 @triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """Let the next kernel start, which will itself wait for this one to end."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
-    """Stand before the first access to what other kernels write; let the next kernel start."""
+    """Stand before the first access to what other kernels write."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
