@@ -7,7 +7,8 @@ Each kernel is checked against torch, then captured some tens of times in one CU
 weights, states and caches of which there are so many that L2 serves none of them. us is the
 time of one call (of a whole layer: of all its kernels), MB what it must read and write; "of copy"
 compares with the bandwidth of a large copy in the same process. mamba_step and attention_step are
-checked as parts of their layers.
+checked as parts of their layers, which end with a norm here. With several rows the linear layers
+are torch's, and not listed.
 """
 
 import argparse
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from h_net_dynamic_chunking.cache import Rows
 from h_net_dynamic_chunking.layers import Isotropic
-from h_net_dynamic_chunking.layers.attention import AttentionCache
-from h_net_dynamic_chunking.layers.isotropic import Block
+from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
+from h_net_dynamic_chunking.layers.block import Block
+from h_net_dynamic_chunking.layers.fused_step import fused_step
 from h_net_dynamic_chunking.layers.mamba2 import MambaCache
 from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth_step
 from h_net_dynamic_chunking.ops._triton import step_common
@@ -75,8 +78,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s")
     print(f"{'kernel':>18}{'rows':>6}{'us':>9}{'MB':>9}{'GB/s':>8}{'of copy':>9}{'error':>9}")
     for rows in arguments.rows:
+        linears = map(linear_maker, LINEARS) if rows == 1 else []
         for make in [
-            *map(linear_maker, LINEARS),
+            *linears,
             mamba,
             attention,
             route,
@@ -219,35 +223,15 @@ def mamba_between(block: Block, projected: Tensor, cache: MambaCache) -> Tensor:
     )
 
 
-def step_m(block: Block, h: Tensor, cache: MambaCache) -> Tensor:
-    """h += mixer(norm(h))."""
-    mixer: Any = block.mixer
-    projected = linear_step(h, mixer.in_proj.weight, norm_weight=block.norm1.weight)
-    y = mamba_between(block, projected, cache)
-    return linear_step(
-        y,
-        mixer.out_proj.weight,
-        gate=projected[:, : mixer.d_inner],
-        norm_weight=mixer.norm.weight,
-        residual=h,
-    )
-
-
 def attention_between(qkv: Tensor, cache: AttentionCache) -> Tensor:
     return attention_step(
         qkv, cache.keys, cache.values, cache.position, rotary_dim=48, ring=cache.ring
     )
 
 
-def step_t(block: Block, h: Tensor, cache: AttentionCache) -> Tensor:
-    """h += mixer(norm1(h)); h += mlp(norm2(h))."""
-    mixer, mlp, norm2 = block.mixer, block.mlp, block.norm2
-    assert mlp is not None
-    assert norm2 is not None
-    qkv = linear_step(h, mixer.Wqkv.weight, norm_weight=block.norm1.weight)
-    linear_step(attention_between(qkv, cache), mixer.out_proj.weight, residual=h)
-    hidden = linear_step(h, mlp.fc1.weight, norm_weight=norm2.weight, swiglu=True)
-    return linear_step(hidden, mlp.fc2.weight, residual=h)
+def step_alone(block: Block, h: Tensor, cache: Any) -> Tensor:
+    """A layer as a stack of its own, which ends with a norm."""
+    return fused_step([block], block.norm1, h, [cache], Rows())
 
 
 def mamba_caches(block: Block, rows: int, copies: int) -> list[MambaCache]:
@@ -333,8 +317,8 @@ def m_layer(rows: int) -> Case:
     size = moved_by_mamba(caches[0], bf16(rows, 4384)) + weight_bytes(blocks[0]) + 4 * h.nbytes
     return Case(
         "m layer",
-        lambda i: step_m(blocks[i], h, caches[i]),
-        layer_error(step_m, blocks[0], h, mamba_caches(blocks[0], rows, 1)[0]),
+        lambda i: step_alone(blocks[i], h, caches[i]),
+        layer_error(blocks[0], h, mamba_caches(blocks[0], rows, 1)[0]),
         size,
         len(blocks),
     )
@@ -347,8 +331,8 @@ def t_layer(rows: int) -> Case:
     size = moved_by_attention(rows, 1536) + weight_bytes(blocks[0]) + 6 * h.nbytes
     return Case(
         "T layer",
-        lambda i: step_t(blocks[i], h, caches[i]),
-        layer_error(step_t, blocks[0], h, attention_caches(blocks[0], rows, 1)[0]),
+        lambda i: step_alone(blocks[i], h, caches[i]),
+        layer_error(blocks[0], h, attention_caches(blocks[0], rows, 1)[0]),
         size,
         len(blocks),
     )
@@ -358,10 +342,10 @@ def weight_bytes(block: Block) -> int:
     return sum(parameter.nbytes for parameter in block.parameters())
 
 
-def layer_error(step: Callable[..., Tensor], block: Block, h: Tensor, cache: Any) -> float:
+def layer_error(block: Block, h: Tensor, cache: Any) -> float:
     """Of a layer beside its own step, from equal caches."""
-    want = block.step(h, copy.deepcopy(cache))
-    return relative_error(step(block, h.clone(), cache), want)
+    want = block.norm1(block.step(h, copy.deepcopy(cache)))
+    return relative_error(step_alone(block, h, cache), want)
 
 
 if __name__ == "__main__":

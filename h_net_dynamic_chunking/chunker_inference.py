@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from h_net_dynamic_chunking.cache import Rows, check_cache_class, check_cache_tensor
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
@@ -140,10 +140,9 @@ def route_step(
         given = None if given is None else given[:, None]
         probs, opens = route(chunker, x[:, None], cache, None, rows, given)
         return Routed(probs[:, 0], opens[:, 0])
-    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
     from h_net_dynamic_chunking.ops._triton.route_step import route_step
 
-    queries_keys = linear_step(x, chunker.to_queries_keys.weight)
+    queries_keys = _linear(x, chunker.to_queries_keys)
     first, threshold = cache.chunks == 0, chunker.boundary_threshold
     probs, opens = route_step(queries_keys, cache.previous_key, first, threshold, rows.active)
     if given is not None:
@@ -175,11 +174,10 @@ def upsample_step(
         )
         return _add_residual(chunker, rows.read(cache.smoothed), x)
     from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
-    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 
     residual, linear = None, chunker.residual_proj
     if linear is not None:
-        residual = linear_step(x, linear.weight, bias=linear.bias, out_dtype=torch.float32)
+        residual = chunker.residual(x) if len(x) > 1 else _linear(x, linear, torch.float32)
     return dechunk_step(
         z,
         cache.smoothed,
@@ -247,3 +245,13 @@ def _add_residual(chunker: DynamicSequenceChunker, smoothed: Tensor, x: Tensor) 
 def _weighs(chunker: DynamicSequenceChunker) -> bool:
     """Whether the smoothing multiplies a new chunk by its probability."""
     return not chunker.multiply_by_prob
+
+
+def _linear(x: Tensor, linear: nn.Linear, out_dtype: torch.dtype | None = None) -> Tensor:
+    """A linear layer of x (rows, in); for one row, which torch is slow at, by a kernel."""
+    if len(x) > 1:
+        projected: Tensor = linear(x)
+        return projected
+    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+
+    return linear_step(x, linear.weight, bias=linear.bias, out_dtype=out_dtype)

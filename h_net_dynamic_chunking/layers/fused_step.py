@@ -1,11 +1,11 @@
-"""One step of a whole stack on the kernels for few rows: a handful of launches a layer.
+"""One step of a whole stack on kernels of its own: a handful of launches a layer.
 
-    Mamba-2     norm and in_proj | convolution | recurrence | gate, norm, out_proj and residual
-    attention   norm and Wqkv | rotary, cache and softmax | out_proj and residual
-    SwiGLU      norm, fc1 and gate | fc2 and residual
+    one row       norm, product, gate and residual of a linear layer are one kernel
+    several rows  the products are torch's, and one kernel stands between two of them
 
-The numbers are those of the layers' own steps, but for roundings: what a layer adds to the residual
-stream is not rounded to the dtype of the weights first.
+The recurrence of Mamba-2 and the attention to a cache have their kernels in either case. Numbers
+are those of the layers' own steps, but for roundings: for one row, what a layer adds to the
+residual stream is not rounded to the dtype of the weights first.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from h_net_dynamic_chunking.cache import Rows
 from h_net_dynamic_chunking.layers.attention import CausalAttention
@@ -36,31 +37,91 @@ def fused_step(
     blocks: Sequence[Block], norm: nn.RMSNorm, x: Tensor, caches: Sequence[Any], rows: Rows
 ) -> Tensor:
     """`Isotropic.step`: x (rows, d_model) -> the same shape and dtype."""
-    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step, prepare_rows
-
-    h = x.to(torch.float32, copy=True)  # the residual stream, to which the layers add in place
+    stream = _OneRow(x) if x.shape[0] == 1 else _SeveralRows(x)
     for block, cache in zip(blocks, caches, strict=True):
         if isinstance(cache, MambaCache):
-            _add_mamba(block, h, cache, rows.active)
+            _add_mamba(stream, block, cache, rows.active)
         else:
-            _add_attention(block, h, cache, rows)
+            _add_attention(stream, block, cache, rows)
         if block.mlp is not None and block.norm2 is not None:
-            inner = linear_step(
-                h, block.mlp.fc1.weight, norm_weight=block.norm2.weight, swiglu=True
-            )
-            linear_step(inner, block.mlp.fc2.weight, residual=h)
+            inner = stream.project(block.norm2, block.mlp.fc1, swiglu=True)
+            stream.add(inner, block.mlp.fc2)
     _advance([cache for cache in caches if isinstance(cache, AttentionCache)], rows)
-    return prepare_rows(h, None, norm.weight, dtype=norm.weight.dtype)
+    return stream.normed(norm)
 
 
-def _add_mamba(block: Block, h: Tensor, cache: MambaCache, active: Tensor | None) -> None:
-    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+class _OneRow:
+    """The residual stream (1, d_model), to which kernels add in place."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._h = x.to(torch.float32, copy=True)
+
+    def project(self, norm: nn.RMSNorm, linear: nn.Linear, swiglu: bool = False) -> Tensor:
+        """A linear layer of the normed stream."""
+        from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+
+        return linear_step(self._h, linear.weight, norm_weight=norm.weight, swiglu=swiglu)
+
+    def add(
+        self,
+        x: Tensor,
+        linear: nn.Linear,
+        gate: Tensor | None = None,
+        norm: nn.RMSNorm | None = None,
+    ) -> None:
+        """Add a linear layer of x, or of x gated and normed."""
+        from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+
+        norm_weight = None if norm is None else norm.weight
+        linear_step(x, linear.weight, gate=gate, norm_weight=norm_weight, residual=self._h)
+
+    def normed(self, norm: nn.RMSNorm) -> Tensor:
+        """The stream at the end."""
+        from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
+
+        return norm_rows(self._h, norm.weight)
+
+
+class _SeveralRows(_OneRow):
+    """The residual stream (rows, d_model), to which the next norm adds what came last."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self._added: Tensor | None = None
+
+    def project(self, norm: nn.RMSNorm, linear: nn.Linear, swiglu: bool = False) -> Tensor:
+        from h_net_dynamic_chunking.ops._triton.rows_step import swiglu_rows
+
+        product = F.linear(self.normed(norm), linear.weight)
+        return swiglu_rows(product) if swiglu else product
+
+    def add(
+        self,
+        x: Tensor,
+        linear: nn.Linear,
+        gate: Tensor | None = None,
+        norm: nn.RMSNorm | None = None,
+    ) -> None:
+        from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
+
+        if norm is not None:
+            x = norm_rows(x, norm.weight, gate=gate)
+        self._added = F.linear(x, linear.weight)
+
+    def normed(self, norm: nn.RMSNorm) -> Tensor:
+        from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
+
+        added, self._added = self._added, None
+        return norm_rows(self._h, norm.weight, add=added)
+
+
+def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor | None) -> None:
     from h_net_dynamic_chunking.ops._triton.mamba_step import mamba_step
 
     mixer = block.mixer
     assert isinstance(mixer, Mamba2)
-    projected = linear_step(h, mixer.in_proj.weight, norm_weight=block.norm1.weight)
     assert mixer.conv1d.bias is not None
+    projected = stream.project(block.norm1, mixer.in_proj)
     y = mamba_step(
         projected,
         cache.conv,
@@ -72,18 +133,16 @@ def _add_mamba(block: Block, h: Tensor, cache: MambaCache, active: Tensor | None
         D=mixer.D,
         active=active,
     )
-    gate = projected[:, : mixer.d_inner]
-    linear_step(y, mixer.out_proj.weight, gate=gate, norm_weight=mixer.norm.weight, residual=h)
+    stream.add(y, mixer.out_proj, gate=projected[:, : mixer.d_inner], norm=mixer.norm)
 
 
-def _add_attention(block: Block, h: Tensor, cache: AttentionCache, rows: Rows) -> None:
+def _add_attention(stream: _OneRow, block: Block, cache: AttentionCache, rows: Rows) -> None:
     from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
-    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 
     mixer = block.mixer
     assert isinstance(mixer, CausalAttention)
     cache.reserve(1)
-    qkv = linear_step(h, mixer.Wqkv.weight, norm_weight=block.norm1.weight)
+    qkv = stream.project(block.norm1, mixer.Wqkv)
     mixed = attention_step(
         qkv,
         cache.keys,
@@ -95,7 +154,7 @@ def _add_attention(block: Block, h: Tensor, cache: AttentionCache, rows: Rows) -
         window_size=mixer.window_size,
         active=rows.active,
     )
-    linear_step(mixed, mixer.out_proj.weight, residual=h)
+    stream.add(mixed, mixer.out_proj)
 
 
 def _advance(caches: Sequence[AttentionCache], rows: Rows) -> None:

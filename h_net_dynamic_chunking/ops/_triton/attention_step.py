@@ -2,7 +2,7 @@
 
 The slots in use are split over some programs for each row and head, so that one row with a long
 context keeps a device busy; a second kernel merges them. How they are split depends on the
-position of the row and the size of the cache, never on the other rows.
+position of the row, on the size of the cache and on whether the row is alone.
 """
 
 import math
@@ -25,8 +25,8 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
 )
 
 _SLOTS = 64  # that a program reads at once
-# Slots of a cache for each program, and programs at most: fewer slots would cost more in programs
-# than they gain in time.
+# Slots of a cache for each program, a quarter for a row alone, and programs at most: fewer slots
+# would cost more in programs than they gain in time.
 _SLOTS_A_SPLIT = 128
 _MOST_SPLITS = 16
 
@@ -93,8 +93,11 @@ def attention_step_kernel(
     i_m, i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
-    live = load_flag(active_ptr + i_m, HAS_ACTIVE)
-    m_d &= live
+    part = (i_m * heads + i_h) * SPLITS + i_s
+    if not load_flag(active_ptr + i_m, HAS_ACTIVE):
+        if SPLITS == 1:
+            tl.store(out_ptr + part * HEAD_DIM + o_d, tl.zeros((BLOCK_D,), tl.float32), m_d)
+        return
     position = tl.load(position_ptr + i_m)
     slot = (position % slots if RING else position).to(tl.int32)
     used = tl.minimum(position + 1, slots).to(tl.int32)
@@ -125,7 +128,6 @@ def attention_step_kernel(
     share = tl.cdiv(tl.cdiv(used - first, SPLITS), BLOCK_S) * BLOCK_S
     start = first + i_s * share
     end = tl.minimum(start + share, used)
-    end = tl.where(live, end, start)
     for s in range(start, end, BLOCK_S):
         o_s = s + tl.arange(0, BLOCK_S)
         # How many positions before the new one; the new one itself is in already.
@@ -145,9 +147,8 @@ def attention_step_kernel(
         mixed = mixed * kept + tl.sum(weight[:, None] * v, 0)
         greatest = higher
 
-    part = (i_m * heads + i_h) * SPLITS + i_s
     if SPLITS == 1:
-        mixed = tl.where(live, mixed / total, 0)
+        mixed = mixed / total
     else:
         tl.store(sums_ptr + 2 * part, greatest)
         tl.store(sums_ptr + 2 * part + 1, total)
@@ -218,7 +219,8 @@ def attention_step(
     """
     _check(qkv, keys, values, position, rotary_dim, window_size, active)
     rows, slots, heads, head_dim = keys.shape
-    splits = triton.next_power_of_2(max(1, slots // _SLOTS_A_SPLIT))
+    slots_a_split = _SLOTS_A_SPLIT if rows > 1 else _SLOTS_A_SPLIT // 4
+    splits = triton.next_power_of_2(max(1, slots // slots_a_split))
     splits = min(splits, _MOST_SPLITS)
     block_d = triton.next_power_of_2(head_dim)
     out = qkv.new_empty(rows, heads * head_dim)

@@ -23,6 +23,15 @@ def silu(x):
 
 
 @triton.jit
+def load_gated(x_ptr, gate_ptr, offset, mask, GATED: tl.constexpr):
+    """x silu(gate), or x, in float32."""
+    x = tl.load(x_ptr + offset, mask, 0).to(tl.float32)
+    if GATED:
+        x *= silu(tl.load(gate_ptr + offset, mask, 0).to(tl.float32))
+    return x
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """x, float32, to the nearest number of `dtype`, of two the even one."""
     if INTERPRETED and dtype == tl.bfloat16:  # which it would cut off

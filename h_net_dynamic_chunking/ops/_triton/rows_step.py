@@ -1,0 +1,145 @@
+"""What stands between the matrix products of a step on several rows, each one pass."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.step_common import (
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    launch_options,
+    let_next_start,
+    load_gated,
+    rounded,
+    silu,
+    wait_for_inputs,
+)
+
+_CHANNELS = 1024  # that a program of the SwiGLU handles
+
+
+@triton.jit
+def norm_rows_kernel(
+    x_ptr,
+    gate_ptr,
+    add_ptr,
+    norm_ptr,
+    out_ptr,
+    width,
+    x_stride,
+    gate_stride,
+    eps,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One row."""
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    i_m = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK)
+    m_k = o_k < width
+    x_ptr += i_m * x_stride
+    x = load_gated(x_ptr, gate_ptr + i_m * gate_stride, o_k, m_k, GATED)
+    if ADDED:
+        x += tl.load(add_ptr + i_m * width + o_k, m_k, 0).to(tl.float32)
+        tl.store(x_ptr + o_k, x, m_k)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    x *= tl.load(norm_ptr + o_k, m_k, 0).to(tl.float32)
+    tl.store(out_ptr + i_m * width + o_k, rounded(x, out_ptr.dtype.element_ty, INTERPRETED), m_k)
+
+
+@triton.jit
+def swiglu_rows_kernel(
+    product_ptr,
+    out_ptr,
+    width,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A block of channels of one row."""
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
+    i_m = tl.program_id(0).to(tl.int64)
+    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_k = o_k < width
+    product_ptr += i_m * 2 * width
+    value = tl.load(product_ptr + o_k, m_k, 0).to(tl.float32)
+    y = value * silu(tl.load(product_ptr + width + o_k, m_k, 0).to(tl.float32))
+    tl.store(out_ptr + i_m * width + o_k, rounded(y, out_ptr.dtype.element_ty, INTERPRETED), m_k)
+
+
+def norm_rows(
+    x: Tensor,
+    norm_weight: Tensor,
+    *,
+    gate: Tensor | None = None,
+    add: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """RMSNorm of x + add, or of x silu(gate), in the dtype of `norm_weight`.
+
+    x:            (rows, width), float; float32 with `add`, which is added to it in place
+    norm_weight:  (width,)
+    gate:         (rows, width), float; x and gate may be views with any stride between their rows
+    add:          (rows, width), float, contiguous
+    out:          (rows, width), rounded once
+
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+    """
+    rows, width = x.shape
+    check_shape("x", x, rows, width)
+    check_contiguous("norm_weight", norm_weight, width)
+    if gate is not None:
+        check_shape("gate", gate, rows, width)
+    if add is not None:
+        check_contiguous("add", add, rows, width)
+        check_dtype("x", x, torch.float32)
+    out = norm_weight.new_empty(rows, width)
+    norm_rows_kernel[(rows,)](
+        x_ptr=x,
+        gate_ptr=x if gate is None else gate,
+        add_ptr=x if add is None else add,
+        norm_ptr=norm_weight,
+        out_ptr=out,
+        width=width,
+        x_stride=x.stride(0),
+        gate_stride=0 if gate is None else gate.stride(0),
+        eps=eps,
+        GATED=gate is not None,
+        ADDED=add is not None,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=4,
+        **launch_options(x),
+    )
+    return out
+
+
+def swiglu_rows(product: Tensor) -> Tensor:
+    """value * silu(gate) of the halves of (rows, 2 * width), values first: (rows, width).
+
+    Raises:
+        ValueError: not such a contiguous tensor.
+    """
+    if product.ndim != 2 or product.shape[1] % 2 or not product.is_contiguous():
+        raise ValueError(
+            f"product must be contiguous (rows, 2 * width), got {tuple(product.shape)}, strides "
+            f"{product.stride()}"
+        )
+    rows, width = product.shape[0], product.shape[1] // 2
+    out = product.new_empty(rows, width)
+    swiglu_rows_kernel[(rows, triton.cdiv(width, _CHANNELS))](
+        product_ptr=product,
+        out_ptr=out,
+        width=width,
+        BLOCK=_CHANNELS,
+        num_warps=4,
+        **launch_options(product),
+    )
+    return out
