@@ -9,7 +9,7 @@ shared pad vector and slice of section 2.1.2.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from h_net_dynamic_chunking.scaling import (
     lr_multipliers,
     parameter_groups,
 )
-from h_net_dynamic_chunking.sequence_module import call_module
+from h_net_dynamic_chunking.sequence_module import call_module, unwrapped
 
 IGNORED = -100
 
@@ -76,12 +76,18 @@ class HNetLM(LMInference):
     @property
     def stacks(self) -> list[list[Isotropic]]:
         """The layer stacks of each level: encoder and decoder, ..., the main network."""
-        levels: list[list[Isotropic]] = []
-        level: nn.Module = self.backbone
+        stages, main = self._levels()
+        levels = [(stage.encoder, stage.decoder) for stage in stages]
+        return [[cast(Isotropic, unwrapped(s)) for s in stacks] for stacks in (*levels, (main,))]
+
+    def _levels(self) -> tuple[list[HNet], nn.Module]:
+        """The stages from the outside in, and the main network."""
+        stages = []
+        level = unwrapped(self.backbone)
         while isinstance(level, HNet):
-            levels.append([level.encoder, level.decoder])  # type: ignore[list-item]  # _build
-            level = level.network
-        return [*levels, [level]]  # type: ignore[list-item]  # the innermost is a stack
+            stages.append(level)
+            level = unwrapped(level.network)
+        return stages, level
 
     @torch.no_grad()
     def init_weights(self, std: float = INIT_STD) -> None:
@@ -135,7 +141,8 @@ class HNetLM(LMInference):
                 raise ValueError("labels must be None with inference_params, which have no losses")
             return self.extend(input_ids, inference_params, lens, cu_seqlens, boundary_masks)
         x = self.embeddings(input_ids.long())
-        if isinstance(self.backbone, HNet):
+        # Not by the class of the backbone, which torch.compile and others hide.
+        if self.config.stages:
             result = self.backbone(x, lens, cu_seqlens=cu_seqlens, boundary_masks=boundary_masks)
             hidden, weighted, records = result.output, result.loss, result.intermediates
             layout = records[0].layout
@@ -305,13 +312,12 @@ class HNetLM(LMInference):
         levels: list[list[nn.Parameter]] = [list(self.embeddings.parameters())]
         if not self.config.tie_embeddings:
             levels[0] += self.lm_head.parameters()
-        level: nn.Module = self.backbone
-        while isinstance(level, HNet):
-            for part in (level.encoder, level.chunker, level.decoder):
+        stages, main = self._levels()
+        for stage in stages:
+            for part in (stage.encoder, stage.chunker, stage.decoder):
                 levels[-1] += part.parameters()
-            levels.append(list(level.width_in.parameters()))
-            level = level.network
-        levels[-1] += level.parameters()
+            levels.append(list(stage.width_in.parameters()))
+        levels[-1] += main.parameters()
         return levels
 
     def _cross_entropy(
@@ -339,7 +345,7 @@ class HNetLM(LMInference):
         return loss, (flat != IGNORED).sum().clamp(min=1)
 
 
-def _run_stack(stack: Isotropic, x: Tensor, layout: Layout) -> Tensor:
+def _run_stack(stack: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """A stack alone, on any layout."""
     if layout.jagged:
         return layout.unpack(stack(x.values(), layout.cu_seqlens))

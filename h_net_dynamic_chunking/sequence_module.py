@@ -90,7 +90,7 @@ def is_position_wise(module: nn.Module) -> bool:
 
 def accepted_lengths(module: nn.Module) -> frozenset[str]:
     """Which of the parameters at the top of this file the module's forward names."""
-    module = _unwrapped(module)
+    module = unwrapped(module)
     if type(module) not in _ACCEPTED:
         names = {"lens", "mask", "src_key_padding_mask", "key_padding_mask", "cu_seqlens"}
         if type(module).__module__.startswith("torch.nn"):
@@ -104,12 +104,21 @@ def accepted_lengths(module: nn.Module) -> frozenset[str]:
 _ACCEPTED: dict[type[nn.Module], frozenset[str]] = {}
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile or data parallelism, which hide its signature."""
-    if type(module).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
-        inner = getattr(module, "_orig_mod", None) or module.module
-        assert isinstance(inner, nn.Module)
-        return _unwrapped(inner)
+# Where torch's wrappers keep the module whose signature and class they hide. By name, because the
+# classes would have to be imported for it.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile, activation checkpointing or data parallelism."""
+    while type(module).__name__ in _WRAPPERS:
+        module = getattr(module, _WRAPPERS[type(module).__name__])
     return module
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.h_net import HNet
@@ -246,3 +247,55 @@ def test_the_configuration_reaches_the_modules() -> None:
         mixer = layer.mixer
         assert (mixer.num_heads, mixer.rotary_dim, mixer.window_size) == (heads, rotary, window)
     assert inner.network.layers[0].mlp.fc2.in_features == 384
+
+
+class DistributedDataParallel(torch.nn.Module):
+    """Stands for torch's own, which needs a process group; it is known by its name."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+WRAPPERS = {
+    "compiled": lambda part: torch.compile(part, backend="eager"),
+    "checkpointed": checkpoint_wrapper,
+    "data parallel": DistributedDataParallel,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("place", ["whole", "network", "stack"])
+def test_wrapped_parts_change_nothing(wrapper: str, place: str) -> None:
+    """Losses, gradients and parameter groups, though the wrapper hides the class of the part."""
+    plain, model = make("m1", "T1", "m1"), make("m1", "T1", "m1")
+    wrap = WRAPPERS[wrapper]
+    assert isinstance(model.backbone, HNet)
+    if place == "whole":
+        model.backbone = wrap(model.backbone)  # type: ignore[assignment]
+    elif place == "network":
+        model.backbone.network = wrap(model.backbone.network)
+    else:
+        model.backbone.encoder = wrap(model.backbone.encoder)
+    ids, lens = random_ids(3, 20), torch.tensor([20, 1, 7])
+
+    def run(model: HNetLM) -> tuple[Tensor, Tensor, list[Tensor]]:
+        out = model(ids, ids, lens=lens)
+        assert out.loss is not None
+        assert len(out.stages) == 2
+        return out.loss, out.ratio_loss, list(torch.autograd.grad(out.loss, model.parameters()))
+
+    # Inside its wrapper, but without the seconds of compiling.
+    with torch.compiler.set_stance("force_eager"):
+        loss, ratio, gradients = run(model)
+    want, want_ratio, want_gradients = run(plain)
+    assert_close("loss", loss, want)
+    assert_close("ratio loss", ratio, want_ratio)
+    for got, wanted in zip(gradients, want_gradients, strict=True):
+        assert_close("gradient", got, wanted)
+    sizes = [[len(g["params"]) for g in m.parameter_groups(0.1)] for m in (model, plain)]
+    assert sizes[0] == sizes[1]
+    assert [len(stacks) for stacks in model.stacks] == [2, 2, 1]
