@@ -13,9 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
-
-from h_net_dynamic_chunking.files import whole
+from torch import Tensor, nn
 
 _ROUTER = "chunker.to_queries_keys.weight"
 # The official projections, in the order in which ours holds them: queries, then keys.
@@ -80,6 +78,10 @@ def _fault(tensor: Tensor, shape: torch.Size) -> str | None:
         return f"has shape {tuple(tensor.shape)}, wanted {tuple(shape)}"
     if not tensor.is_floating_point():
         return f"has dtype {tensor.dtype}, wanted a floating-point one"
+    if tensor.is_meta:
+        return "is on the meta device and has no values"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"is a {type(tensor).__name__}, wanted a plain tensor"
     return None
 
 
@@ -147,20 +149,50 @@ def _check_format(path: str | Path) -> None:
 
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a state dict as safetensors, whole or not at all."""
-    with whole(path) as part:
-        _safetensors().torch.save_file(on_own_memory(state), part)
+    """Write a state dict as safetensors.
+
+    Raises:
+        OSError: the file cannot be written, perhaps for want of space.
+    """
+    library = _safetensors()
+    path.touch()
+    permissions = path.stat().st_mode
+    try:
+        library.torch.save_file(on_own_memory(state), path)
+    except library.SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
+    # The library has put another file there, which only its owner may read.
+    path.chmod(permissions)
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as a .pt file, which `read_weights` reads.
+
+    Raises:
+        OSError: the file cannot be written, perhaps for want of space.
+    """
+    try:
+        # Opened here, because torch.save does not say why it cannot write to a path.
+        with path.open("wb") as file:
+            torch.save(on_own_memory(state), file)
+    except (OSError, RuntimeError) as error:
+        # Where a write fails, torch hides the reason behind an error of its own.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise OSError(f"{path} cannot be written ({reason})") from error
 
 
 def on_own_memory(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with a copy of those that share memory, and of no other."""
+    """The same tensors, contiguous, with a copy of those that share memory, and of no other."""
     seen: set[int] = set()
     apart = {}
     for key, value in state.items():
         storage = value.untyped_storage()
         shared = storage.nbytes() != value.nbytes or storage.data_ptr() in seen
         seen.add(storage.data_ptr())
-        apart[key] = value.detach().clone() if shared else value.detach()
+        value = value.detach()
+        apart[key] = (value.clone() if shared else value).contiguous()
     return apart
 
 

@@ -224,25 +224,45 @@ class HNetLM(LMInference):
         raise ValueError(f"name_or_path: {folder} holds no config.json")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, which `from_pretrained` reads."""
-        folder = Path(directory)
+        """Write config.json and model.safetensors, which `from_pretrained` reads.
+
+        Raises:
+            ValueError: the weights are not those that the configuration describes, so that the
+                files could not be read again.
+            OSError: the files cannot be written. What was there before is there still.
+        """
+        state, folder = self._state_to_save(), Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_safetensors(self.state_dict(), folder / "model.safetensors")
-        with whole(folder / "config.json") as part:
-            self.config.to_json(part)
+        with (
+            whole(folder / "config.json") as config,
+            whole(folder / "model.safetensors") as weights,
+        ):
+            self.config.to_json(config)
+            checkpoints.write_safetensors(state, weights)
 
     def save_official(self, config_json: str | Path, weights: str | Path) -> None:
         """Write the configuration and the state dict as the official code reads them.
 
         Target ratios, the weight of the ratio loss and the clamp of the smoothing have no place in
         the official format and are left out.
+
+        Raises:
+            ValueError, OSError: as `save_pretrained`.
         """
-        official = checkpoints.to_official(self.state_dict(), self.config.stages)
-        with whole(Path(weights)) as part:
-            # A half of a router would otherwise be stored with the whole.
-            torch.save(checkpoints.on_own_memory(official), part)
-        with whole(Path(config_json)) as part:
-            self.config.to_json(part, official=True)
+        official = checkpoints.to_official(self._state_to_save(), self.config.stages)
+        with whole(Path(config_json)) as config, whole(Path(weights)) as part:
+            self.config.to_json(config, official=True)
+            checkpoints.write_weights(official, part)
+
+    def _state_to_save(self) -> dict[str, Tensor]:
+        """The state dict, if a model of this configuration can load it; else a ValueError."""
+        # torch.compile of a part puts its own name into the keys.
+        state = {key.replace("_orig_mod.", ""): value for key, value in self.state_dict().items()}
+        where = "the model"
+        checkpoints.check_matches(state, self._on_meta(self.config, {}).state_dict(), where)
+        if self.config.tie_embeddings:
+            checkpoints.check_tied(state, where)
+        return state
 
     @classmethod
     def _with_official_weights(

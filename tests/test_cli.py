@@ -1,6 +1,7 @@
 """The command `hnet`: each command on tiny models, and one sentence for each bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,17 +143,27 @@ def test_convert_overwrites_only_when_told(directory: Path, tmp_path: Path, name
     HNetLM.from_official(tmp_path / "tiny.json", tmp_path / "tiny.pt")
 
 
-def test_convert_that_fails_leaves_nothing(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("source", ["tiny", "tiny.pt"])
+def test_convert_without_space_changes_nothing(
+    official: Path, directory: Path, tmp_path: Path, source: str
 ) -> None:
-    def full_disk(content: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    (tmp_path / "new").mkdir()
-    assert "No space left" in complaint("convert", directory, tmp_path / "new" / "tiny.pt")
-    assert list((tmp_path / "new").iterdir()) == []
+    """In a process whose files may have 20 kB, less than the weights, more than a configuration."""
+    pytest.importorskip("resource")
+    new = tmp_path / "new"
+    new.mkdir()
+    destination = new if source == official.name else new / "made.pt"
+    names = ["config.json", "model.safetensors", "made.json", "made.pt"]
+    for name in names:
+        (new / name).write_text("old")
+    limit = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+    )
+    command = ["convert", str(tmp_path / source), str(destination), "--overwrite"]
+    result = process(limit + MAIN, *command)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"hnet: .* cannot be written \(.*File too large.*\)\n", result.stderr)
+    assert {file.name: file.read_text() for file in new.iterdir()} == dict.fromkeys(names, "old")
 
 
 def test_compare_of_a_model_with_itself(official: Path) -> None:

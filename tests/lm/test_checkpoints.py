@@ -100,6 +100,61 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert loaded.num_parameters() == tied.num_parameters()
 
 
+def test_saved_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    (tmp_path / "any").touch()
+    HNetLM(CONFIG).save_pretrained(tmp_path / "saved")
+    wanted = (tmp_path / "any").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "saved").iterdir()} == {wanted}
+
+
+def test_odd_memory_is_saved_as_any_other(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = HNetLM(CONFIG)
+    model.lm_head.weight.data = model.lm_head.weight.data.t().contiguous().t()
+    model.embeddings.weight.data = model.embeddings.weight.data[:1].expand(256, -1)
+    model.save_pretrained(tmp_path)
+    assert same_state(HNetLM.from_pretrained(tmp_path), model)
+
+
+def test_a_compiled_part_leaves_no_trace_in_the_files(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    plain, model = HNetLM(CONFIG), HNetLM(CONFIG)
+    model.load_state_dict(plain.state_dict())
+    model.backbone.network = torch.compile(model.backbone.network)
+    model.save_pretrained(tmp_path)
+    assert same_state(HNetLM.from_pretrained(tmp_path), plain)
+    model.save_official(tmp_path / "model.json", tmp_path / "model.pt")
+    assert same_state(HNetLM.from_official(tmp_path / "model.json", tmp_path / "model.pt"), plain)
+
+
+def broken(part: str) -> HNetLM:
+    """A model that no longer is what its configuration says."""
+    if part == "meta":
+        with torch.device("meta"):
+            return HNetLM(CONFIG)
+    model = HNetLM(HNetConfig.from_dict({**CONFIG.to_dict(), "tie_embeddings": part == "tied"}))
+    model.lm_head = torch.nn.Linear(32, 256, bias=part == "bias")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("meta", "the model does not fit .* is on the meta device and has no values"),
+        ("bias", "the model does not fit .*: lm_head.bias is not of this model"),
+        ("tied", "the model: lm_head.weight differs from embeddings.weight"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, part: str, message: str) -> None:
+    model = broken(part)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        model.save_official(tmp_path / "model.json", tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_official_folder_needs_no_configuration(tmp_path: Path) -> None:
     """What the hub holds for a published model: NAME/NAME.pt, and the preset knows the rest."""
     folder = tmp_path / "hnet_1stage_S"
@@ -139,6 +194,7 @@ HEAD = torch.zeros(256, 32)
         ),
         ("lm_head.weight", HEAD.bool(), r"lm_head.weight has dtype torch\.bool"),
         ("lm_head.weight", HEAD.to_sparse(), "lm_head.weight is sparse or nested"),
+        ("lm_head.weight", HEAD.to("meta"), "lm_head.weight is on the meta device"),
     ],
 )
 def test_faulty_tensors_are_named(
