@@ -22,9 +22,11 @@ from h_net_dynamic_chunking.files import whole
 from h_net_dynamic_chunking.flops import flops_per_byte
 from h_net_dynamic_chunking.h_net import HNet
 from h_net_dynamic_chunking.layers import Isotropic, parse_layout
-from h_net_dynamic_chunking.layout import Layout, layout_of, same_rows
+from h_net_dynamic_chunking.layout import Layout, layout_of
 from h_net_dynamic_chunking.lm_inference import InferenceCache, LMInference, check_ids
+from h_net_dynamic_chunking.lm_input import IGNORED, checked_labels, checked_lens
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.scaling import (
     INIT_STD,
     init_stacks,
@@ -32,8 +34,6 @@ from h_net_dynamic_chunking.scaling import (
     parameter_groups,
 )
 from h_net_dynamic_chunking.sequence_module import call_module, unwrapped
-
-IGNORED = -100
 
 
 class HNetLM(LMInference):
@@ -128,14 +128,11 @@ class HNetLM(LMInference):
 
         Raises:
             ValueError: shapes, lengths or ids that cannot be, or a cache that does not fit, which
-                is as it was then. On a GPU, where reading ids would
-                stop the host, ids out of range end in an error of the device.
+                is as it was then. On a GPU, where reading ids would stop the host, ids out of
+                range end in an error of the device.
         """
-        if mask is not None and lens is not None:
-            raise ValueError("mask and lens exclude each other: pass one")
-        if mask is not None:
-            lens = _lens_of(mask, input_ids)
         check_ids("input_ids", input_ids, self.config.vocab_size)
+        lens = checked_lens(input_ids, mask, lens, cu_seqlens)
         if inference_params is not None:
             if labels is not None:
                 raise ValueError("labels must be None with inference_params, which have no losses")
@@ -151,7 +148,7 @@ class HNetLM(LMInference):
                 raise ValueError("boundary_masks must be empty: this model has no chunker")
             layout = layout_of(x, lens, cu_seqlens)
             hidden = _run_stack(self.backbone, x, layout)
-            weighted, records = x.new_zeros((), dtype=torch.float32), ()
+            weighted, records = x.new_zeros((), dtype=accumulation_dtype(x.dtype)), ()
         logits = self.lm_head(hidden)
         stages = tuple(StageRecord(record) for record in records)
         ratio_loss = torch.stack([s.ratio_loss for s in stages]).sum() if stages else weighted
@@ -343,25 +340,11 @@ class HNetLM(LMInference):
     def _cross_entropy(
         self, logits: Tensor, labels: Tensor, layout: Layout
     ) -> tuple[Tensor, Tensor]:
-        """The summed cross entropy in float32, and how many labels there were (at least 1)."""
-        check_ids("labels", labels, self.config.vocab_size, besides=IGNORED)
-        if logits.is_nested != labels.is_nested or (
-            labels.is_nested and not same_rows(labels, layout.cu_seqlens)
-        ):
-            raise ValueError("labels must have rows as long as those of input_ids")
-        logits, labels = (t.values() if t.is_nested else t for t in (logits, labels))
-        if labels.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"labels must have the shape of input_ids, {tuple(logits.shape[:-1])}, "
-                f"got {tuple(labels.shape)}"
-            )
-        labels = labels.long()
-        if layout.inverse is not None:
-            labels = labels.where(layout.mask, IGNORED)
-        flat = labels.flatten()
-        loss = F.cross_entropy(
-            logits.flatten(0, -2).float(), flat, ignore_index=IGNORED, reduction="sum"
-        )
+        """The summed cross entropy, and how many labels there were (at least 1)."""
+        flat = checked_labels(labels, logits, layout, self.config.vocab_size).flatten()
+        logits = logits.values() if logits.is_nested else logits
+        wide = logits.flatten(0, -2).to(accumulation_dtype(logits.dtype))
+        loss = F.cross_entropy(wide, flat, ignore_index=IGNORED, reduction="sum")
         return loss, (flat != IGNORED).sum().clamp(min=1)
 
 
@@ -414,17 +397,3 @@ def _stack(config: HNetConfig, level: int, layout: str) -> Isotropic:
         else None,
         d_intermediate=config.d_intermediate[level] or None,
     )
-
-
-def _lens_of(mask: Tensor, input_ids: Tensor) -> Tensor:
-    if mask.dtype != torch.bool or mask.shape != input_ids.shape or mask.ndim != 2:
-        raise ValueError(
-            f"mask must be bool of the shape of input_ids, {tuple(input_ids.shape)}, "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
-    lens = mask.sum(1)
-    if mask.device.type == "cpu":
-        expected = torch.arange(mask.shape[1]) < lens[:, None]
-        if not torch.equal(mask, expected):
-            raise ValueError("mask must be True on the left of each row and False behind")
-    return lens

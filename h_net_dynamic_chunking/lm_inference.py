@@ -266,15 +266,29 @@ def inference_batch(input_ids: Tensor) -> int:
     return input_ids.shape[0]
 
 
-def check_ids(name: str, ids: Tensor, vocab_size: int, besides: int | None = None) -> None:
-    """Raise ValueError unless the ids are integers in 0 .. vocab_size - 1, or `besides`."""
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless the ids are integers in 0 .. vocab_size - 1."""
+    check_integers(name, ids)
+    check_range(name, ids, vocab_size)
+
+
+def check_integers(name: str, ids: Tensor) -> None:
+    """Raise ValueError unless this is a tensor of integers."""
     if not isinstance(ids, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(ids).__name__}")
-    flat = ids.values() if ids.is_nested else ids
-    if flat.is_floating_point() or flat.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {flat.dtype}")
-    if flat.device.type != "cpu" or torch.compiler.is_compiling():
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {ids.dtype}")
+
+
+def check_range(name: str, ids: Tensor, vocab_size: int, besides: int | None = None) -> None:
+    """Raise ValueError unless the ids are in 0 .. vocab_size - 1, or `besides`.
+
+    On a GPU nothing is read, because that would stop the host.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    # torch does not compare unsigned integers of more than 8 bits.
+    flat = (ids.values() if ids.is_nested else ids).long()
     flat = flat if besides is None else flat[flat != besides]
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < vocab_size:
         raise ValueError(

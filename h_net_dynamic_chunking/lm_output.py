@@ -10,7 +10,7 @@ from h_net_dynamic_chunking.h_net_inference import Decision
 from h_net_dynamic_chunking.intermediates import Intermediates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StageRecord:
     """What the chunker of one stage did."""
 
@@ -40,7 +40,7 @@ class StageRecord:
 
     @property
     def ratio_loss(self) -> Tensor:
-        """float32 scalar: the ratio loss before its weight."""
+        """float32 scalar (float64 for a float64 model): the ratio loss before its weight."""
         return self.intermediates.aux_ratio_loss
 
     @property
@@ -51,22 +51,22 @@ class StageRecord:
         return lens.sum() / self.intermediates.num_chunks.sum().clamp(min=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HNetLMOutput:
-    """What HNetLM returns."""
+    """What HNetLM returns. The losses are float32 scalars, float64 for a float64 model."""
 
     logits: Tensor
     """(batch, length, vocab), or packed (total, vocab); (batch, 1, vocab) after a step."""
     loss: Tensor | None
-    """float32 scalar, with labels: mean cross entropy in nats plus the weighted ratio losses."""
+    """With labels: mean cross entropy in nats plus the weighted ratio losses."""
     loss_sum: Tensor | None
-    """float32 scalar, with labels: the sum of the cross entropies, in nats."""
+    """With labels: the sum of the cross entropies, in nats."""
     ratio_loss: Tensor
-    """float32 scalar: the ratio losses of all stages before their weight; 0 with a cache."""
+    """The ratio losses of all stages before their weight; 0 with a cache."""
     stages: tuple[StageRecord, ...]
     """One record a chunker, outermost first."""
     cross_entropy: Tensor | None = None
-    """float32 scalar, with labels: the mean cross entropy alone, in nats."""
+    """With labels: the mean cross entropy alone, in nats."""
 
     def __iter__(self) -> Iterator[Any]:
         """Unpack as `logits, stages`, and with labels as `(cross_entropy, loss_sum), stages`."""

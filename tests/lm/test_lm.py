@@ -108,9 +108,9 @@ def test_losses() -> None:
     out = model(ids, labels)
     log_probs = out.logits[:, :-1].log_softmax(-1)
     nats = -log_probs.gather(-1, labels[:, :-1, None])
-    assert_close("sum", out.loss_sum, nats.sum(), 1e-5)
-    assert_close("mean", out.cross_entropy, nats.mean(), 1e-5)
-    assert_close("loss", out.loss, nats.mean() + 0.03 * out.ratio_loss, 1e-5)
+    assert_close("sum", out.loss_sum, nats.sum())
+    assert_close("mean", out.cross_entropy, nats.mean())
+    assert_close("loss", out.loss, nats.mean() + 0.03 * out.ratio_loss)
     assert_close("ratio", out.ratio_loss, torch.stack([s.ratio_loss for s in out.stages]).sum())
     assert [float(s.bytes_per_chunk) for s in out.stages] == pytest.approx(
         [
@@ -181,14 +181,22 @@ def test_parameter_groups() -> None:
         ({"labels": torch.zeros(1, 4)}, "labels must be integers"),
         ({"input_ids": [[1]]}, "input_ids must be a tensor"),
         ({"lens": torch.tensor([5])}, "lens must be in"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, "tokens must have shape"),
+        (
+            {"cu_seqlens": torch.tensor([0, 4])},
+            r"input_ids must have shape .*, got \(1, 4\) with cu_seqlens",
+        ),
+        ({"input_ids": torch.zeros(4).long()}, r"input_ids must have shape .*, got \(4,\)$"),
+        ({"input_ids": torch.zeros(1, 4, dtype=torch.complex64)}, "input_ids must be integers"),
+        ({"mask": [[True] * 4]}, "mask must be a tensor, got list"),
+        ({"input_ids": [[1]], "mask": torch.ones(1, 1).bool()}, "input_ids must be a tensor"),
+        ({"labels": torch.full((1, 4), -1), "lens": torch.tensor([3])}, "labels must be in"),
         (
             {"input_ids": torch.zeros(4).long(), "cu_seqlens": torch.tensor([0, 3])},
             "cu_seqlens must rise from 0 to 4, the rows of tokens, got .0, 3.",
         ),
         (
             {"mask": torch.ones(1, 4).bool(), "cu_seqlens": torch.tensor([0, 4])},
-            "lens and cu_seqlens exclude each other",
+            "mask and cu_seqlens exclude each other",
         ),
     ],
 )
@@ -198,9 +206,19 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
         model(**{"input_ids": torch.zeros(1, 4, dtype=torch.int64), **arguments})
 
 
-def test_bytes_may_be_uint8() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.int32])
+def test_bytes_of_other_integers(dtype: torch.dtype) -> None:
     model, ids = make("m1", "T1"), random_ids(1, 9)
-    assert torch.equal(model(ids.to(torch.uint8)).logits, model(ids).logits)
+    want, got = model(ids, ids), model(ids.to(dtype), ids.to(dtype))
+    assert torch.equal(got.logits, want.logits)
+    assert got.loss == want.loss
+
+
+def test_labels_of_pads_may_be_anything() -> None:
+    model, ids, lens = make("m1", "T1"), random_ids(2, 9), torch.tensor([9, 4])
+    labels = ids.clone()
+    labels[1, 4:] = 999
+    assert model(ids, labels, lens=lens).loss == model(ids, ids, lens=lens).loss
 
 
 def test_without_a_chunker() -> None:
