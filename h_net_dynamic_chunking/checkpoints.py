@@ -224,7 +224,7 @@ def fetch_from_hub(name: str) -> Path:
         return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
     # Connection errors are OSErrors; the rest says that the name cannot be one.
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"name_or_path: {name!r} is no directory, and the hub did not give it either ({reason})"
         ) from error

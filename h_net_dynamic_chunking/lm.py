@@ -46,6 +46,9 @@ class HNetLM(LMInference):
 
     `config` keeps what was given, and `save_pretrained` with it.
 
+    Raises:
+        ValueError: config is something else, or an option is out of its range.
+
     >>> model = HNetLM(HNetConfig.create_reasonable_config(D=[64, 128], arch=["m1", "T1"]))
     >>> model(torch.randint(256, (2, 30))).logits.shape
     torch.Size([2, 30, 256])
@@ -60,6 +63,8 @@ class HNetLM(LMInference):
         ratio_loss_weight: float | None = None,
         smoothing_clamp: float | None = None,
     ) -> None:
+        if not isinstance(config, HNetConfig):
+            raise ValueError(f"config must be an HNetConfig, got {type(config).__name__}")
         super().__init__()
         if ratio_loss_weight is not None:
             config = replace(config, ratio_loss_weight=ratio_loss_weight)
@@ -179,7 +184,9 @@ class HNetLM(LMInference):
         Raises:
             ValueError: either file cannot be read, or a tensor is missing, extra, of another shape
                 or not of floats; see `checkpoints.read_weights` and `checkpoints.check_matches`.
+                Or dtype is none of floats.
         """
+        _check_dtype(dtype)
         if isinstance(config_json, HNetConfig):
             config = config_json
         else:
@@ -204,8 +211,10 @@ class HNetLM(LMInference):
             **options: of the constructor.
 
         Raises:
-            ValueError: there is no model there, or it does not fit its configuration.
+            ValueError: there is no model there, or it does not fit its configuration; or dtype is
+                none of floats.
         """
+        _check_dtype(dtype)
         folder = Path(name_or_path)
         if not folder.is_dir():
             folder = checkpoints.fetch_from_hub(str(name_or_path))
@@ -346,6 +355,12 @@ class HNetLM(LMInference):
         wide = logits.flatten(0, -2).to(accumulation_dtype(logits.dtype))
         loss = F.cross_entropy(wide, flat, ignore_index=IGNORED, reduction="sum")
         return loss, (flat != IGNORED).sum().clamp(min=1)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
 
 
 def _run_stack(stack: nn.Module, x: Tensor, layout: Layout) -> Tensor:

@@ -293,7 +293,9 @@ def test_bad_comparisons_are_named(official: Path, directory: Path, tmp_path: Pa
     line = complaint("compare", directory, directory, "--prompt", "x", "--file", json_file)
     assert "exclude each other" in line
     assert "at least one byte" in complaint("compare", directory, directory, "--prompt", "")
-    assert "device" in complaint("compare", directory, directory, "--device-b", "abacus")
+    for device in ("abacus", "meta"):
+        line = complaint("compare", directory, directory, "--device-b", device)
+        assert f"device: '{device}' cannot be used here" in line
 
 
 @pytest.mark.parametrize(

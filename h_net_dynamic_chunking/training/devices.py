@@ -9,7 +9,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which the device "meta" cannot do
     # AssertionError is what a build of torch without CUDA raises.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

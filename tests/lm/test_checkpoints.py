@@ -164,13 +164,19 @@ def test_an_official_folder_needs_no_configuration(tmp_path: Path) -> None:
     assert same_state(HNetLM.from_pretrained(folder), model)
 
 
-def test_the_hub_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"), [("Name not known\nand much more", "Name not known"), ("", "OSError")]
+)
+def test_the_hub_without_a_network_says_so(
+    monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
     def no_network(*_: object, **__: object) -> str:
-        raise OSError("Name or service not known\nand much more")
+        raise OSError(text)
 
     hub = SimpleNamespace(snapshot_download=no_network)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    with pytest.raises(ValueError, match="is no directory, and the hub did not give it either"):
+    message = rf"is no directory, and the hub did not give it either \({reason}\)$"
+    with pytest.raises(ValueError, match=message):
         HNetLM.from_pretrained("cartesia-ai/hnet_1stage_L")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'h-net-dynamic-chunking\[hub\]'"):
@@ -235,6 +241,14 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path, other: torch.dtype)
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt: lm_head.weight differs from embeddings"):
         HNetLM.from_official(tmp_path / "model.json", tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "bfloat16"])
+def test_a_dtype_that_weights_cannot_have_is_named(tmp_path: Path, dtype: Any) -> None:
+    with pytest.raises(ValueError, match="dtype must be a floating-point"):
+        HNetLM.from_pretrained(tmp_path, dtype=dtype)
+    with pytest.raises(ValueError, match="dtype must be a floating-point"):
+        HNetLM.from_official(CONFIG, tmp_path / "model.pt", dtype=dtype)
 
 
 class Malicious:

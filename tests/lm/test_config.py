@@ -243,6 +243,8 @@ def test_bad_files(tmp_path: Path) -> None:
     path.write_text(json.dumps({**OFFICIAL, "vocab_size": 0}))
     with pytest.raises(ValueError, match=r"config\.json: vocab_size must be"):
         HNetConfig.from_json(path)
+    with pytest.raises(ValueError, match="config must be an HNetConfig, got dict"):
+        HNetLM(OFFICIAL)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ssm_cfg must be an SSMConfig, got dict"):
         HNetConfig(["m1"], (64,), ssm_cfg={})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"D\[0\] must be an integer of at least 1, got 0"):
