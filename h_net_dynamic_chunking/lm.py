@@ -285,7 +285,9 @@ class HNetLM(LMInference):
         )
         # Under the official names, which are the ones that the file's owner knows.
         checkpoints.check_matches(official, expected, str(weights))
-        state = checkpoints.from_official(official, config.stages)
+        # Two tensors of a file may be one in memory, which an optimizer would move twice.
+        apart = checkpoints.on_own_memory(official)
+        state = checkpoints.from_official(apart, config.stages)
         return cls._with_state(config, state, str(weights), device, dtype, options)
 
     @classmethod

@@ -243,6 +243,22 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path, other: torch.dtype)
         HNetLM.from_official(tmp_path / "model.json", tmp_path / "model.pt")
 
 
+def test_weights_that_share_memory_in_the_file_do_not_in_the_model(
+    official: tuple[HNetLM, Path, Path],
+) -> None:
+    model, config, weights = official
+    state = dict(torch.load(weights, weights_only=True))
+    shared = state["embeddings.weight"]
+    torch.save(state | {"lm_head.weight": shared}, weights)
+    loaded = HNetLM.from_official(config, weights)
+    with torch.no_grad():
+        loaded.lm_head.weight.zero_()
+    assert torch.equal(loaded.embeddings.weight, model.embeddings.weight)
+    torch.save(state | {"lm_head.weight": shared[:1].expand(256, -1)}, weights)
+    with torch.no_grad():
+        HNetLM.from_official(config, weights).lm_head.weight.zero_()
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, "bfloat16"])
 def test_a_dtype_that_weights_cannot_have_is_named(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(ValueError, match="dtype must be a floating-point"):
