@@ -5,7 +5,7 @@ their shape, so that choosing and reading can be captured as one CUDA graph. The
 bytes once a step, or every few steps on an accelerator, to see whether a row is left.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +29,8 @@ NO_DISTRIBUTION = -2
 # Bytes that an accelerator chooses before the host looks at them, where nobody waits for each. Rows
 # that end in between rest, so that at most so many steps without a row left are run.
 STEPS_A_LOOK = 16
+# From so many steps on, recording one pays: it takes about as long as so many that are launched.
+STEPS_WORTH_RECORDING = 32
 
 
 class SteppingModel(Protocol):
@@ -137,9 +139,10 @@ class Decoding:
             return
         with evaluating(self._model.modules()):
             self._prefill()
+            read_and_choose = self._recorded() or self._read_and_choose
             looked = 0
+            self._choose()
             for step in range(1, self._max_new_bytes + 1):
-                self._choose()
                 if self._keep_depths:
                     self._read()
                 last = step == self._max_new_bytes
@@ -149,8 +152,30 @@ class Decoding:
                     yield block
                     if not any(block.active):
                         return
-                if not self._keep_depths:
-                    self._read()
+                if self._keep_depths:
+                    self._choose()
+                else:
+                    read_and_choose()
+
+    def _recorded(self) -> Callable[[], None] | None:
+        """`_read_and_choose` as CUDA graphs, where the model can record its step."""
+        record = getattr(self._model, "record_step", None)
+        worth_it = self._max_new_bytes >= STEPS_WORTH_RECORDING and not self._keep_depths
+        if record is None or not self._ids.is_cuda or self._plan == "compact" or not worth_it:
+            return None
+
+        def choose(logits: Tensor) -> None:
+            self._logits.copy_(logits)
+            self._choose()
+
+        # What is chosen is what the next step reads.
+        graphs = record(self._cache, self._ids.squeeze(1), self._reads, after=choose)
+        replay: Callable[[], None] = graphs.replay
+        return replay
+
+    def _read_and_choose(self) -> None:
+        self._read()
+        self._choose()
 
     @torch.no_grad()
     def _prefill(self) -> None:

@@ -5,7 +5,7 @@ a whole prompt or a piece of it, and `step` reads one. Rows have their own posit
 ended are left out with `active`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -182,27 +182,41 @@ class LMInference(nn.Module):
         Raises:
             ValueError: a cache that is not of this model.
         """
-        if (
-            not isinstance(cache, InferenceCache)
-            or cache.owner is not self
-            or given not in cache.graphs
-        ):
+        if not isinstance(cache, InferenceCache) or cache.batch_size != batch_size:
             self._checked(cache, batch_size, 0, ALL_ROWS, None)
-            if cache.owner is not self:
-                cache.graphs, cache.owner = {}, self
-            cache.graphs[given] = StepGraphs(
-                self.embeddings,
-                self.backbone,
-                self.lm_head,
-                cache.backbone,
-                batch_size,
-                self.embeddings.weight.device,
-                given,
-                None if isinstance(cache.backbone, HNetCache) else cache.positions,
-            )
-        elif cache.batch_size != batch_size:
-            self._checked(cache, batch_size, 0, ALL_ROWS, None)
+        if cache.owner is not self:
+            cache.graphs, cache.owner = {}, self
+        if given not in cache.graphs:
+            ids = torch.zeros_like(cache.positions.seen)
+            cache.graphs[given] = self.record_step(cache, ids, ids.bool(), given)
         return cache.graphs[given]
+
+    @torch.no_grad()
+    def record_step(
+        self,
+        cache: InferenceCache,
+        ids: Tensor,
+        active: Tensor,
+        given: tuple[bool, ...] = (),
+        after: Callable[[Tensor], None] | None = None,
+    ) -> StepGraphs:
+        """Record the step on this cache; see `StepGraphs`.
+
+        Raises:
+            ValueError: a cache that is not of this model.
+        """
+        self._checked(cache, len(ids), 0, ALL_ROWS, None)
+        return StepGraphs(
+            self.embeddings,
+            self.backbone,
+            self.lm_head,
+            cache.backbone,
+            ids,
+            active,
+            given,
+            None if isinstance(cache.backbone, HNetCache) else cache.positions,
+            after,
+        )
 
     def _step_rows(
         self,

@@ -6,8 +6,9 @@ reads whether any row opened a chunk, and leaves out all that is inside where no
 
     enter 0 | enter 1 | ... | main network | ... | leave 1 | leave 0 and head
 
-The recorded kernels hold the addresses of the caches. When attention needs more slots than there
-are, the caches grow and everything is recorded again.
+The recorded kernels hold the addresses of the caches. Where attention may see many positions, its
+caches get slots for all of them at once if these take little of the free memory; else they grow,
+and everything is recorded again.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ from h_net_dynamic_chunking.layers import AttentionCache
 
 # Up to so many rows it happens often enough that none of them opens a chunk.
 _ROWS_THAT_REST = 8
+# Share of the free memory that slots may take before there are positions for them.
+_FREE_SHARE = 0.1
 
 
 class StepGraphs:
@@ -33,10 +36,12 @@ class StepGraphs:
         backbone: an HNet, or a stack without stages.
         head: (batch, dim) -> logits (batch, vocab).
         cache: of the backbone; its tensors are changed in place by every replay.
-        batch_size: rows.
-        device: of all.
+        ids: int64 (batch,): where every replay finds the bytes that it reads.
+        active: bool (batch,): where it finds the rows that do.
         given: whether boundaries come from outside, for each stage.
         positions: of the rows, where there is no stage that counts them.
+        after: recorded behind the head, with the logits: what chooses the next ids, say. It changes
+            tensors in place, and may write to `ids` and `active`.
     """
 
     def __init__(
@@ -45,20 +50,23 @@ class StepGraphs:
         backbone: Any,
         head: Callable[[Tensor], Tensor],
         cache: Any,
-        batch_size: int,
-        device: torch.device,
+        ids: Tensor,
+        active: Tensor,
         given: Sequence[bool],
         positions: Positions | None = None,
+        after: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._embed, self._backbone, self._head, self._cache = embed, backbone, head, cache
         self._stages = _stages_of(backbone, cache)
-        self.ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.active = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.ids, self.active = ids, active
         self.given = [torch.zeros_like(self.active) if is_given else None for is_given in given]
         self.given += [None] * (len(self._stages) - len(self.given))
-        self._rests = batch_size <= _ROWS_THAT_REST and bool(self._stages)
+        self._rests = len(ids) <= _ROWS_THAT_REST and bool(self._stages)
         self._fired = torch.zeros(max(len(self._stages), 1), dtype=torch.bool, pin_memory=True)
-        self._attention = _found(cache, AttentionCache)
+        self._fired_on_host = self._fired.numpy()  # the same memory, faster to read
+        self._attention: list[AttentionCache] = _found(cache, AttentionCache)
+        self._growing: list[AttentionCache] = []
+        self._after = after
         self._counted = positions
         self._all_positions: list[Positions] = _found([cache, positions], Positions)
         self._all_active = False
@@ -91,7 +99,8 @@ class StepGraphs:
 
     def replay(self) -> None:
         """Read `ids` in the rows that are `active`; `logits` and `decisions` are new then."""
-        grown = [_has_grown(cache) for cache in self._attention]
+        # Of all of them, so that one recording is enough.
+        grown = [_has_grown(cache) for cache in self._growing]
         if any(grown):
             self._record()
         if self._rests:
@@ -112,7 +121,7 @@ class StepGraphs:
             return
         self._replay(stage)
         torch.cuda.current_stream().synchronize()  # the host read of a step that may rest
-        if self._fired[stage]:
+        if self._fired_on_host[stage]:
             self._replay_stage(stage + 1)
         elif stage + 1 < depth:
             self._forget(stage + 1)
@@ -126,8 +135,7 @@ class StepGraphs:
 
     def _record(self) -> None:
         """Run the step once with no row active, which changes no cache, then record it."""
-        for cache in self._attention:
-            cache.reserve(1)
+        self._make_room()
         bounds = [positions.bound for positions in self._all_positions]
         active = self.active.clone()
         self.active.zero_()
@@ -151,6 +159,14 @@ class StepGraphs:
         for positions, bound in zip(self._all_positions, bounds, strict=True):
             positions.bound = bound
         self.active.copy_(active)
+
+    def _make_room(self) -> None:
+        growing = [cache for cache in self._attention if not cache.ring]
+        whole = sum(cache.bytes_at_limit for cache in growing)
+        at_once = whole <= _FREE_SHARE * torch.cuda.mem_get_info(self.ids.device)[0]
+        for cache in growing:
+            cache.reserve(cache.positions.limit if at_once and cache.positions.limit else 1)
+        self._growing = [] if at_once else growing
 
     def _segments(self) -> list[Callable[[], None]]:
         """What to record, in order."""
@@ -204,6 +220,9 @@ class StepGraphs:
 
     def _finish(self, hidden: Tensor) -> None:
         self.logits = self._head(hidden)
+        # Not when all runs once before it is recorded: it would choose.
+        if self._after is not None and torch.cuda.is_current_stream_capturing():
+            self._after(self.logits)
 
 
 def _stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache]]:

@@ -61,6 +61,12 @@ class AttentionCache:
         return self.keys.shape[1]
 
     @property
+    def bytes_at_limit(self) -> int:
+        """Bytes of keys and values with slots for every position; of a ring, as it is."""
+        slots = self.slots if self.positions.limit is None else self.positions.limit
+        return 2 * self.keys.nbytes // self.slots * slots
+
+    @property
     def position(self) -> Tensor:
         """int64 (batch,): how many positions each row has seen."""
         return self.positions.seen

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking import HNetLM
+from h_net_dynamic_chunking import HNetLM, generate
 from h_net_dynamic_chunking.ops.backend import Backend, use_backend
 from tests.inference.models import CONFIGS, random_ids, random_model
 from tests.inference.test_parity import feed
@@ -103,3 +103,20 @@ def test_a_row_alone_gives_the_row_in_a_batch() -> None:
     together = continuation(ids)
     for row in (0, 7, 19):
         assert torch.equal(continuation(ids[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_records_its_loop(temperature: float, batch: int) -> None:
+    """float32: the bytes of steps that are launched, with a stop string and log-probabilities."""
+    model = gpu_model("three_stages", torch.float32)
+    prompts = [bytes(row[: 1 + r % 7].tolist()) for r, row in enumerate(random_ids(batch, 8))]
+    options: dict[str, Any] = {"seed": 3, "stop": [b"\x07"], "logprobs": True}
+    recorded, launched = (
+        generate(model, prompts, 80, temperature=temperature, plan=plan, **options)
+        for plan in ("auto", "compact")
+    )
+    assert recorded == launched
+    for one, other in zip(recorded, launched, strict=True):
+        assert one.finish_reason == other.finish_reason
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)

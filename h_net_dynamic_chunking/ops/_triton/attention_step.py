@@ -2,7 +2,7 @@
 
 The slots in use are split over some programs for each row and head, so that one row with a long
 context keeps a device busy; a second kernel merges them. How they are split depends on the
-position of the row, on the size of the cache and on whether the row is alone.
+position of the row, on the size of the cache and on how many rows there are.
 """
 
 import math
@@ -25,9 +25,10 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
 )
 
 _SLOTS = 64  # that a program reads at once
-# Slots of a cache for each program, a quarter for a row alone, and programs at most: fewer slots
-# would cost more in programs than they gain in time.
-_SLOTS_A_SPLIT = 128
+# Programs that keep a device busy: with fewer heads than these, the slots of a head are split over
+# several, which have some slots each at least.
+_PROGRAMS = 256
+_SLOTS_A_SPLIT = 32
 _MOST_SPLITS = 16
 
 
@@ -177,15 +178,17 @@ def merge_splits_kernel(
     head = i_m * heads + tl.program_id(1)
     o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
+    p_out = out_ptr + head * HEAD_DIM + o_d
+    if not load_flag(active_ptr + i_m, HAS_ACTIVE):
+        tl.store(p_out, tl.zeros((BLOCK_D,), tl.float32), m_d)
+        return
     sums = sums_ptr + 2 * (head * SPLITS + o_s)
     greatest, total = tl.load(sums), tl.load(sums + 1)
     tile = (head * SPLITS + o_s)[:, None] * HEAD_DIM + o_d[None, :]
     parts = tl.load(parts_ptr + tile, m_d[None, :], 0)
     weight = tl.exp2(greatest - tl.max(greatest, 0))
     out = tl.sum(weight[:, None] * parts, 0) / tl.sum(weight * total, 0)
-    out = tl.where(load_flag(active_ptr + i_m, HAS_ACTIVE), out, 0)
-    out = rounded(out, out_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(out_ptr + head * HEAD_DIM + o_d, out, m_d)
+    tl.store(p_out, rounded(out, out_ptr.dtype.element_ty, INTERPRETED), m_d)
 
 
 def attention_step(
@@ -219,9 +222,8 @@ def attention_step(
     """
     _check(qkv, keys, values, position, rotary_dim, window_size, active)
     rows, slots, heads, head_dim = keys.shape
-    slots_a_split = _SLOTS_A_SPLIT if rows > 1 else _SLOTS_A_SPLIT // 4
-    splits = triton.next_power_of_2(max(1, slots // slots_a_split))
-    splits = min(splits, _MOST_SPLITS)
+    splits = min(_MOST_SPLITS, slots // _SLOTS_A_SPLIT, _PROGRAMS // (rows * heads))
+    splits = triton.next_power_of_2(max(1, splits))
     block_d = triton.next_power_of_2(head_dim)
     out = qkv.new_empty(rows, heads * head_dim)
     parts, sums = out, out
