@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking.byte_chunks import byte_chunks
 from h_net_dynamic_chunking.config import HNetConfig
+from h_net_dynamic_chunking.ops.backend import uses_triton
 from h_net_dynamic_chunking.sampling import Sampling, draw, uniforms
 from h_net_dynamic_chunking.stopping import NOTHING_YET, StopStrings, ends_with_any
 
@@ -202,6 +203,20 @@ class Decoding:
     def _choose(self) -> None:
         """The next byte of each row, and whether the row goes on. The host reads nothing."""
         self._step += 1
+        if self._parameters.filters_nothing and uses_triton(self._logits):
+            self._draw_by_kernel()
+        else:
+            self._draw()
+        if self._parameters.repetition_penalty is not None:
+            self._seen.scatter_(1, self._ids, True)
+        if self._recent.shape[1]:
+            writes = self._active.clone()
+            self._recent.copy_(torch.cat([self._recent[:, 1:], self._ids], dim=1))
+            self._active &= ~ends_with_any(self._recent, self._patterns)
+            self._reads.copy_(writes if self._keep_depths else self._active)
+
+    def _draw(self) -> None:
+        """Fill `_ids`, the columns of this step, and `_active` and `_reads` where rows end."""
         uniform = self._uniforms.index_select(1, self._step)
         ids, logprobs = draw(self._logits, uniform, self._parameters, self._seen)
         broken = logprobs.isnan()
@@ -210,15 +225,28 @@ class Decoding:
         values = ids.where(writes, NO_BYTE).where(~(self._active & broken), NO_DISTRIBUTION)
         self._values.index_copy_(1, self._step, values.to(torch.int16).unsqueeze(1))
         self._logprobs.index_copy_(1, self._step, logprobs.unsqueeze(1))
-
         self._ids.copy_(ids.unsqueeze(1))
-        if self._parameters.repetition_penalty is not None:
-            self._seen.scatter_(1, self._ids, True)
         self._active.copy_(writes)
-        if self._recent.shape[1]:
-            self._recent.copy_(torch.cat([self._recent[:, 1:], self._ids], dim=1))
-            self._active &= ~ends_with_any(self._recent, self._patterns)
-        self._reads.copy_(writes if self._keep_depths else self._active)
+        self._reads.copy_(writes)
+
+    def _draw_by_kernel(self) -> None:
+        """`_draw` in one launch in place of tens."""
+        from h_net_dynamic_chunking.ops._triton.choose_step import choose_step
+
+        choose_step(
+            self._logits,
+            self._uniforms,
+            self._parameters.temperature,
+            self._step,
+            self._active,
+            self._reads,
+            self._ids,
+            self._values,
+            self._logprobs,
+            eos=EOS if self._eos else None,
+            no_byte=NO_BYTE,
+            no_distribution=NO_DISTRIBUTION,
+        )
 
     @torch.no_grad()
     def _read(self) -> None:

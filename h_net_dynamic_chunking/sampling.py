@@ -31,6 +31,11 @@ class Parameters(NamedTuple):
     repetition_penalty: Tensor | None = None
     """float32."""
 
+    @property
+    def filters_nothing(self) -> bool:
+        """Whether the temperature is all there is."""
+        return all(part is None for part in self[1:])
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -24,11 +24,11 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     wait_for_inputs,
 )
 
-_SLOTS = 64  # that a program reads at once
+_SLOTS = 128  # that a program reads at once
 # Programs that keep a device busy: with fewer heads than these, the slots of a head are split over
-# several, which have some slots each at least.
+# several, which have some slots each at least; for fewer the second kernel would take longer.
 _PROGRAMS = 256
-_SLOTS_A_SPLIT = 32
+_SLOTS_A_SPLIT = 1024
 _MOST_SPLITS = 16
 
 
@@ -252,7 +252,7 @@ def attention_step(
         SPLITS=splits,
         BLOCK_S=_SLOTS,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=8,
         **options,
     )
     if splits > 1:

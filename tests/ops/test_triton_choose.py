@@ -1,0 +1,94 @@
+"""The kernel that chooses the next byte, beside `sampling.draw` and what `decoding` makes of it."""
+
+import pytest
+import torch
+
+from h_net_dynamic_chunking.decoding import EOS, NO_BYTE, NO_DISTRIBUTION
+from h_net_dynamic_chunking.sampling import Parameters, draw
+from tests.support import generator
+
+pytest.importorskip("triton", None if torch.cuda.is_available() else "3.7")
+
+from h_net_dynamic_chunking.ops._triton.choose_step import choose_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS, VOCAB = 3, 256
+
+
+# The interpreter is numpy, which says so when a number overflows or is none, as some here must.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("eos", [None, EOS])
+def test_choices(eos: int | None) -> None:
+    """Several temperatures, ties, impossible bytes, EOS, rows at rest, and logits that are none."""
+    logits = torch.randn(9, VOCAB, generator=generator())
+    logits[1, [7, 70]] = 9.0  # a tie, in a greedy row
+    logits[2, :250] = -torch.inf
+    logits[3, EOS] = 50.0
+    logits[4, 5] = torch.nan
+    logits[5, 5] = torch.inf
+    logits = logits.to(DEVICE)
+    temperature = torch.tensor([[1.0], [0], [1], [1], [1], [1], [0.3], [1e-30], [5]], device=DEVICE)
+    uniforms = torch.rand(9, STEPS, generator=generator(1)).to(DEVICE)
+    uniforms[8] = 1 - 2.0**-24
+    active = torch.tensor([True] * 6 + [False] + [True] * 2, device=DEVICE)
+    step = torch.tensor([1], device=DEVICE)
+    ids, reads = torch.zeros(9, 1, dtype=torch.int64, device=DEVICE), active.clone()
+    values = torch.full((9, STEPS), -7, dtype=torch.int16, device=DEVICE)
+    logprobs = torch.full((9, STEPS), -7.0, device=DEVICE)
+
+    want = draw(logits, uniforms[:, 1:2], Parameters(temperature))
+    went_on = active.clone()
+    choose_step(
+        logits,
+        uniforms,
+        temperature,
+        step,
+        went_on,
+        reads,
+        ids,
+        values,
+        logprobs,
+        eos=eos,
+        no_byte=NO_BYTE,
+        no_distribution=NO_DISTRIBUTION,
+    )
+    broken = want.logprobs.isnan()
+    assert broken.nonzero().flatten().tolist() == [4, 5]
+    assert torch.equal(ids[~broken, 0], want.ids[~broken])
+    assert ids[1] == 7
+    torch.testing.assert_close(logprobs[:, 1], want.logprobs, equal_nan=True, rtol=0, atol=1e-5)
+    assert torch.equal(logprobs[:, 1].isnan(), broken)
+    ends = broken | (want.ids == EOS) if eos is not None else broken
+    assert torch.equal(went_on, active & ~ends)
+    assert torch.equal(reads, went_on)
+    expected = want.ids.where(went_on, NO_BYTE).where(~(active & broken), NO_DISTRIBUTION)
+    assert torch.equal(values[:, 1].long(), expected)
+    assert (values[:, [0, 2]] == -7).all()
+    assert (logprobs[:, [0, 2]] == -7).all()
+
+
+def test_frequencies() -> None:
+    """60,000 draws of six bytes: within five standard deviations of their probabilities."""
+    rows = 60_000 if DEVICE == "cuda" else 600
+    probs = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
+    logits = torch.full((rows, 16), -torch.inf)
+    logits[:, :6] = probs.log() / 2  # at temperature 0.5
+    ids = torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
+    active = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+    choose_step(
+        logits.to(DEVICE),
+        torch.rand(rows, 1, generator=generator()).to(DEVICE),
+        torch.full((rows, 1), 0.5, device=DEVICE),
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        active,
+        active.clone(),
+        ids,
+        torch.zeros(rows, 1, dtype=torch.int16, device=DEVICE),
+        torch.zeros(rows, 1, device=DEVICE),
+        eos=None,
+        no_byte=NO_BYTE,
+        no_distribution=NO_DISTRIBUTION,
+    )
+    counts = torch.bincount(ids.flatten().cpu(), minlength=16)[:6]
+    deviation = (rows * probs * (1 - probs)).sqrt()
+    assert ((counts - rows * probs).abs() < 5 * deviation).all()
