@@ -247,7 +247,7 @@ def attention_caches(block: Block, rows: int, copies: int) -> list[AttentionCach
     for cache in caches:
         cache.position.fill_(POSITION)
         cache.positions.tighten()
-        cache.reserve(1)
+        cache.reserve(SLOTS)  # for all calls: nothing may grow while a graph is captured
         cache.keys.normal_()
         cache.values.normal_()
     return caches

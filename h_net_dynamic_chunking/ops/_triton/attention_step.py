@@ -24,11 +24,14 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     wait_for_inputs,
 )
 
-_SLOTS = 128  # that a program reads at once
-# Programs that keep a device busy: with fewer heads than these, the slots of a head are split over
-# several, which have some slots each at least; for fewer the second kernel would take longer.
+# A row alone: slots that a program reads at once, and slots of the cache for each program; for
+# fewer the second kernel takes longer than it saves.
+_SLOTS_ALONE = 128
+_SLOTS_A_SPLIT_ALONE = 1024
+# Several rows, likewise; with fewer heads than keep a device busy, the slots of a head are split.
+_SLOTS = 64
+_SLOTS_A_SPLIT = 32
 _PROGRAMS = 256
-_SLOTS_A_SPLIT = 1024
 _MOST_SPLITS = 16
 
 
@@ -222,8 +225,12 @@ def attention_step(
     """
     _check(qkv, keys, values, position, rotary_dim, window_size, active)
     rows, slots, heads, head_dim = keys.shape
-    splits = min(_MOST_SPLITS, slots // _SLOTS_A_SPLIT, _PROGRAMS // (rows * heads))
-    splits = triton.next_power_of_2(max(1, splits))
+    alone = rows == 1
+    if alone:
+        splits = slots // _SLOTS_A_SPLIT_ALONE
+    else:
+        splits = min(slots // _SLOTS_A_SPLIT, _PROGRAMS // (rows * heads))
+    splits = triton.next_power_of_2(max(1, min(splits, _MOST_SPLITS)))
     block_d = triton.next_power_of_2(head_dim)
     out = qkv.new_empty(rows, heads * head_dim)
     parts, sums = out, out
@@ -250,9 +257,9 @@ def attention_step(
         WINDOW=window_size,
         HAS_ACTIVE=active is not None,
         SPLITS=splits,
-        BLOCK_S=_SLOTS,
+        BLOCK_S=_SLOTS_ALONE if alone else _SLOTS,
         BLOCK_D=block_d,
-        num_warps=8,
+        num_warps=8 if alone else 4,
         **options,
     )
     if splits > 1:
