@@ -2,31 +2,44 @@
 
 boundary probability -> compaction -> (any network) -> smoothing -> expansion
 
+The last two are also one operation, `dechunk`, which is what the chunker runs.
+
 Each has its contract at the top of its file, a sequential oracle in `ops.reference`, a hand-written
 backward registered with torch.library, and a step form for decoding. The backward passes have no
 derivative of their own: a second derivative raises RuntimeError.
 """
 
+from h_net_dynamic_chunking.ops.backend import use_backend
 from h_net_dynamic_chunking.ops.boundary import (
     boundary_probability,
     boundary_probability_of_pairs,
     boundary_probability_step,
 )
-from h_net_dynamic_chunking.ops.compaction import Segmentation, compact, gather_rows, segment
+from h_net_dynamic_chunking.ops.compaction import (
+    Segmentation,
+    begin_segment,
+    compact,
+    gather_rows,
+    segment,
+)
+from h_net_dynamic_chunking.ops.dechunk import dechunk
 from h_net_dynamic_chunking.ops.ema import Smoothed, ema_smooth, ema_smooth_step
 from h_net_dynamic_chunking.ops.expansion import expand, expand_step
 
 __all__ = [
     "Segmentation",
     "Smoothed",
+    "begin_segment",
     "boundary_probability",
     "boundary_probability_of_pairs",
     "boundary_probability_step",
     "compact",
+    "dechunk",
     "ema_smooth",
     "ema_smooth_step",
     "expand",
     "expand_step",
     "gather_rows",
     "segment",
+    "use_backend",
 ]

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
     accumulation_dtype,
     check_cu_seqlens,
@@ -200,6 +201,8 @@ def _ema(
 ) -> Tensor:
     if z.shape[0] == 0:
         return torch.empty_like(z)
+    if uses_triton(z):
+        return _ema_on_triton(z, p, cu_chunks, state, weigh_input)
     dtype = accumulation_dtype(z.dtype)
     p = p.to(dtype)
     x = _in_blocks(z.to(dtype), p if weigh_input else None)
@@ -235,6 +238,11 @@ def _ema_backward(
     grad_state = z.new_zeros(len(cu_chunks) - 1, z.shape[1])
     if z.shape[0] == 0:
         return torch.empty_like(z), torch.empty_like(p), grad_state
+    if uses_triton(z):
+        grad_z, grad_p = _ema_backward_on_triton(
+            grad, z, p, cu_chunks, state, smoothed, weigh_input, grad_state
+        )
+        return grad_z, grad_p.to(p.dtype), grad_state
     dead = ~in_some_sequence(cu_chunks, len(p))
     weight = p.to(dtype).masked_fill(dead, 0.0)
     x = _in_blocks(grad.to(dtype))
@@ -273,18 +281,107 @@ def _(
     return z.new_empty(z.shape), p.new_empty(p.shape), z.new_empty(len(cu_chunks) - 1, z.shape[1])
 
 
+# The kernels smooth and expand at once; to smooth alone, every position is a chunk of its own. They
+# know no state: it is added to the first chunk of each sequence, weighted.
+
+
+def _every_position_a_chunk(cu_chunks: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """Chunk of each position, int64 (chunks,), -1 in the tail; and the starts, bool (chunks,)."""
+    live = in_some_sequence(cu_chunks, chunks)
+    numbers = torch.arange(chunks, device=cu_chunks.device).where(live, -1)
+    return numbers, sequence_starts(cu_chunks, chunks)
+
+
+def _ema_on_triton(
+    z: Tensor, p: Tensor, cu_chunks: Tensor, state: Tensor | None, weigh_input: bool
+) -> Tensor:
+    from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_fwd
+
+    numbers, starts = _every_position_a_chunk(cu_chunks, len(z))
+    dtype, p = z.dtype, p.float()
+    if state is not None:
+        z = z.float() * p[:, None] if weigh_input else z.to(torch.float32, copy=True)
+        weigh_input = False
+        first, has_one = _first_chunks(cu_chunks, len(z))
+        entering = ((1 - p[first, None]) * state.float()).where(has_one[:, None], 0.0)
+        # A sequence without chunks points at one of another: it adds zero, if in an order.
+        z.index_put_((first,), entering, accumulate=True)
+    smoothed, _ = dechunk_fwd(
+        z,
+        p,
+        numbers,
+        numbers,
+        numbers,
+        starts,
+        None,
+        dtype,
+        weigh_input=weigh_input,
+        clamp=None,
+        keep_smoothed=False,
+    )
+    return smoothed
+
+
+def _ema_backward_on_triton(
+    grad: Tensor,
+    z: Tensor,
+    p: Tensor,
+    cu_chunks: Tensor,
+    state: Tensor | None,
+    smoothed: Tensor,
+    weigh_input: bool,
+    grad_state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of z and p; that of the state is written to `grad_state`."""
+    from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_bwd
+
+    numbers, starts = _every_position_a_chunk(cu_chunks, len(z))
+
+    def run(z: Tensor, weigh_input: bool) -> tuple[Tensor, Tensor]:
+        return dechunk_bwd(
+            grad,
+            z,
+            smoothed,
+            p,
+            numbers,
+            numbers,
+            starts,
+            cu_chunks,
+            weigh_input=weigh_input,
+            clamp=None,
+            straight_through=False,
+        )
+
+    if state is None:
+        return run(z, weigh_input)
+    # The kernel's gradient of chunks that are not weighed is u, in full precision.
+    u, grad_p = run(z.float(), False)
+    first, has_one = _first_chunks(cu_chunks, len(z))
+    at_start = u[first].where(has_one[:, None], 0.0)
+    grad_p.index_put_((first,), -dot_rows(at_start, state), accumulate=True)
+    weight = p.float()[:, None]
+    grad_state.copy_((1 - weight[first]) * at_start)
+    if not weigh_input:
+        return u.to(z.dtype), grad_p
+    dead = numbers < 0
+    grad_p += dot_rows(u, z).masked_fill(dead, 0.0)
+    return (u * weight).masked_fill(dead[:, None], 0.0).to(z.dtype), grad_p
+
+
 def _setup_context(
     ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, bool], output: Tensor
 ) -> None:
     z, p, cu_chunks, state, ctx.weigh_input = inputs
+    ctx.backend = chosen_backend()
     ctx.save_for_backward(z, p, cu_chunks, state, output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None, None]:
     z, p, cu_chunks, state, smoothed = ctx.saved_tensors
-    grad_z, grad_p, grad_state = _ema_backward(
-        grad, z, p, cu_chunks, state, smoothed, ctx.weigh_input
-    )
+    with use_backend(ctx.backend):
+        grad_z, grad_p, grad_state = _ema_backward(
+            grad, z, p, cu_chunks, state, smoothed, ctx.weigh_input
+        )
     return grad_z, grad_p, None, None if state is None else grad_state.to(state.dtype), None
 
 

@@ -10,8 +10,8 @@ Contract
     residual:           (total, dim), float, or None
     out:                (total, dim), in the dtype of the residual, else of smoothed
 
-The sum with the residual is taken in float32, or float64 for a float64 residual. On CUDA the order
-of the sums in the backward pass, and so their last bits, vary from run to run.
+The sum with the residual is taken in float32, or float64 for a float64 residual. On the torch path
+on CUDA the order of the sums in the backward pass, and so their last bits, vary from run to run.
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
     accumulation_dtype,
     check_packed,
@@ -75,11 +76,23 @@ def expand_step(smoothed: Tensor, residual: Tensor | None = None) -> Tensor:
 def _expand(
     smoothed: Tensor, chunk_of_position: Tensor, confidence: Tensor | None, residual: Tensor | None
 ) -> Tensor:
+    if uses_triton(smoothed) and len(chunk_of_position):
+        from h_net_dynamic_chunking.ops._triton.dechunk import expand_fwd
+
+        dtype = smoothed.dtype if residual is None else residual.dtype
+        slot = _slot_of_position(chunk_of_position)
+        return expand_fwd(smoothed, chunk_of_position.contiguous(), slot, residual, dtype)
     repeated = gather_or_zero(smoothed, chunk_of_position)
     if residual is None:
         return repeated
     dtype = accumulation_dtype(residual.dtype)
     return repeated.to(dtype).add_(residual).to(residual.dtype)
+
+
+def _slot_of_position(chunk_of_position: Tensor) -> Tensor:
+    """The chunk where it is another than that of the position before, else -1."""
+    before = torch.nn.functional.pad(chunk_of_position[:-1], (1, 0), value=-1)
+    return chunk_of_position.where(chunk_of_position != before, -1)
 
 
 @_expand.register_fake
@@ -95,6 +108,11 @@ def _expand_backward(
     grad: Tensor, smoothed: Tensor, chunk_of_position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the smoothed chunks, and of the confidence: <grad_t, s_{chunk of t}>."""
+    if uses_triton(smoothed) and len(chunk_of_position):
+        from h_net_dynamic_chunking.ops._triton.dechunk import expand_bwd
+
+        slot = _slot_of_position(chunk_of_position)
+        return expand_bwd(grad, smoothed, chunk_of_position.contiguous(), slot)
     dtype = accumulation_dtype(smoothed.dtype)
     chunks, dim = smoothed.shape
     # The tail adds to one row behind the last chunk, which is cut off again.
@@ -121,11 +139,13 @@ def _setup_context(
     smoothed, chunk_of_position, confidence, residual = inputs
     ctx.confidence_dtype = None if confidence is None else confidence.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.backend = chosen_backend()
     ctx.save_for_backward(smoothed, chunk_of_position)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None]:
-    grad_smoothed, grad_confidence = _expand_backward(grad, *ctx.saved_tensors)
+    with use_backend(ctx.backend):
+        grad_smoothed, grad_confidence = _expand_backward(grad, *ctx.saved_tensors)
     return (
         grad_smoothed,
         None,

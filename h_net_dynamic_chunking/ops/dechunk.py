@@ -1,0 +1,249 @@
+"""Dechunking: smoothing, expansion and residual in one operation. Eq. (5) to (9) of the paper.
+
+    out_t = STE(c_t) * s_{chunk of t} + residual_t     with s of `ops.ema` and c of `ops.expansion`
+
+Contract
+    z:             (chunks, dim), float; packed, what comes back from the inner network
+    probs:         (total,), float: p of each position; P of a chunk is p where it opens
+    segmentation:  of the positions
+    residual:      (total, dim), float, or None
+    out:           (total, dim), in `dtype`; where there is no chunk, the residual
+
+Accumulates in float32 (float64 for float64), and the kernels round once, at the end. The gradient
+of the probabilities has two parts, from the smoothing and from the confidence. On a GPU what lies
+between, (chunks, dim) smoothed, is not written unless the backward pass will want it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
+from h_net_dynamic_chunking.ops.compaction import Segmentation
+from h_net_dynamic_chunking.ops.ema import _ema, _ema_backward
+from h_net_dynamic_chunking.ops.expansion import _expand, _expand_backward
+from h_net_dynamic_chunking.ops.packing import check_packed, check_same_length, gather_or_zero
+
+
+def dechunk(
+    z: Tensor,
+    probs: Tensor,
+    segmentation: Segmentation,
+    residual: Tensor | None = None,
+    *,
+    straight_through: bool = True,
+    weigh_input: bool = True,
+    clamp: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Smooth the chunks and repeat them over their positions; the contract is at the top.
+
+    Args:
+        z: see the contract.
+        probs: see the contract.
+        segmentation: see the contract.
+        residual: see the contract.
+        straight_through: Whether the confidence takes a gradient, eq. (7) to (9).
+        weigh_input: As in `ema_smooth`.
+        clamp: The smoothing, and nothing else, clamps P to [clamp, 1 - clamp].
+        dtype: Of the result; by default that of the residual, else of z.
+
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+
+    >>> from h_net_dynamic_chunking.ops import segment
+    >>> probs = torch.tensor([1.0, 0.2, 0.5])
+    >>> chunks = segment(torch.tensor([True, False, True]), torch.tensor([0, 3]))
+    >>> dechunk(torch.tensor([[2.0], [4.0]]), probs, chunks).flatten()
+    tensor([2., 2., 3.])
+    """
+    check_packed("z", z, 2)
+    check_packed("probs", probs, 1)
+    check_same_length("z", z, "segmentation.boundary_positions", segmentation.boundary_positions)
+    check_same_length("probs", probs, "segmentation.starts", segmentation.starts)
+    if residual is not None:
+        check_packed("residual", residual, 2)
+        if residual.shape != (len(probs), z.shape[1]):
+            raise ValueError(
+                f"residual must have shape {(len(probs), z.shape[1])}, got {tuple(residual.shape)}"
+            )
+    if dtype is None:
+        dtype = z.dtype if residual is None else residual.dtype
+    needs_grad = torch.is_grad_enabled() and (z.requires_grad or probs.requires_grad)
+    out: Tensor
+    out, _ = _dechunk(
+        z,
+        probs,
+        segmentation.chunk_of_position,
+        segmentation.slot_of_position,
+        segmentation.boundary_positions,
+        segmentation.starts,
+        segmentation.cu_chunks,
+        residual,
+        dtype,
+        straight_through,
+        weigh_input,
+        clamp,
+        needs_grad,
+    )
+    return out
+
+
+def _gates(probs: Tensor, positions: Tensor, clamp: float | None) -> Tensor:
+    """P of each chunk: (chunks,)."""
+    gates = gather_or_zero(probs[:, None], positions)[:, 0]
+    return gates if clamp is None else gates.clamp(clamp, 1 - clamp)
+
+
+@torch.library.custom_op("h_net::dechunk", mutates_args=())
+def _dechunk(
+    z: Tensor,
+    probs: Tensor,
+    chunk_of_position: Tensor,
+    slot_of_position: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    cu_chunks: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    straight_through: bool,
+    weigh_input: bool,
+    clamp: float | None,
+    keep_smoothed: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the smoothed chunks, which are empty unless `keep_smoothed`."""
+    if uses_triton(z):
+        from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_fwd
+
+        return dechunk_fwd(
+            z,
+            probs,
+            chunk_of_position,
+            slot_of_position,
+            positions,
+            starts,
+            residual,
+            dtype,
+            weigh_input=weigh_input,
+            clamp=clamp,
+            keep_smoothed=keep_smoothed,
+        )
+    gates = _gates(probs, positions, clamp)
+    smoothed = _ema(z, gates, cu_chunks, None, weigh_input)
+    out = _expand(smoothed, chunk_of_position, None, residual).to(dtype)
+    return out, smoothed if keep_smoothed else smoothed.new_empty(0, z.shape[1])
+
+
+@_dechunk.register_fake
+def _(
+    z: Tensor,
+    probs: Tensor,
+    chunk_of_position: Tensor,
+    slot_of_position: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    cu_chunks: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    straight_through: bool,
+    weigh_input: bool,
+    clamp: float | None,
+    keep_smoothed: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        z.new_empty(probs.shape[0], z.shape[1], dtype=dtype),
+        z.new_empty(z.shape[0] if keep_smoothed else 0, z.shape[1]),
+    )
+
+
+@torch.library.custom_op("h_net::dechunk_backward", mutates_args=())
+def _dechunk_backward(
+    grad: Tensor,
+    z: Tensor,
+    probs: Tensor,
+    smoothed: Tensor,
+    chunk_of_position: Tensor,
+    slot_of_position: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    cu_chunks: Tensor,
+    straight_through: bool,
+    weigh_input: bool,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of z and, in float32 (float64 for float64), of the probabilities."""
+    if uses_triton(z):
+        from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_bwd
+
+        return dechunk_bwd(
+            grad,
+            z,
+            smoothed,
+            probs,
+            chunk_of_position,
+            slot_of_position,
+            starts,
+            cu_chunks,
+            weigh_input=weigh_input,
+            clamp=clamp,
+            straight_through=straight_through,
+        )
+    grad_smoothed, grad_confidence = _expand_backward(grad, smoothed, chunk_of_position)
+    gates = _gates(probs, positions, clamp)
+    grad_z, grad_gates, _ = _ema_backward(
+        grad_smoothed, z, gates, cu_chunks, None, smoothed, weigh_input
+    )
+    grad_probs = gather_or_zero(grad_gates[:, None], slot_of_position)[:, 0]
+    if clamp is not None:
+        grad_probs = grad_probs.where((probs >= clamp) & (probs <= 1 - clamp), 0.0)
+    if straight_through:
+        grad_probs = grad_probs + grad_confidence.where(slot_of_position >= 0, -grad_confidence)
+    return grad_z, grad_probs.to(grad_confidence.dtype)
+
+
+@_dechunk_backward.register_fake
+def _(
+    grad: Tensor,
+    z: Tensor,
+    probs: Tensor,
+    smoothed: Tensor,
+    chunk_of_position: Tensor,
+    slot_of_position: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    cu_chunks: Tensor,
+    straight_through: bool,
+    weigh_input: bool,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return z.new_empty(z.shape), probs.new_empty(probs.shape, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, probs, *indices, residual, _, straight_through, weigh_input, clamp, _ = inputs
+    ctx.options = straight_through, weigh_input, clamp
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.backend = chosen_backend()
+    ctx.save_for_backward(z, probs, output[1], *indices)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grad_z = grad_probs = grad_residual = None
+    if grad is not None:
+        z, probs, smoothed, *indices = ctx.saved_tensors
+        if ctx.residual_dtype is not None:
+            grad_residual = grad.to(ctx.residual_dtype)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            with use_backend(ctx.backend):
+                grad_z, grad_probs = _dechunk_backward(
+                    grad, z, probs, smoothed, *indices, *ctx.options
+                )
+            grad_probs = grad_probs.to(probs.dtype)
+    return grad_z, grad_probs, *[None] * 5, grad_residual, *[None] * 5
+
+
+_dechunk.register_autograd(_backward, setup_context=_setup_context)
