@@ -17,16 +17,12 @@ from h_net_dynamic_chunking.layout import Layout, layout_of, layout_of_chunks, s
 from h_net_dynamic_chunking.losses import ratio_loss
 from h_net_dynamic_chunking.ops import (
     Segmentation,
+    begin_segment,
     boundary_probability_of_pairs,
-    ema_smooth,
-    expand,
-    segment,
+    dechunk,
 )
-from h_net_dynamic_chunking.ops.packing import (
-    accumulation_dtype,
-    in_some_sequence,
-    sequence_starts,
-)
+from h_net_dynamic_chunking.ops.compaction import PendingSegmentation
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.outputs import Outputs, hidden_states
 from h_net_dynamic_chunking.pooling import Pool, pool_groups
 
@@ -235,7 +231,8 @@ class DynamicSequenceChunker(nn.Module):
         """
         layout = layout_of(tokens, lens, cu_seqlens, static=self.max_chunks is not None)
         if return_only_chunk_lens:
-            _, segmentation, _, _ = self._segment(tokens, layout, boundary_mask)
+            _, _, pending = self._route(tokens, layout, boundary_mask)
+            segmentation = pending.finish()
             chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
             return chunk_layout.unpack(segmentation.sum_over_chunks())
         outputs, record = self.run(tokens, layout, boundary_mask)
@@ -245,26 +242,35 @@ class DynamicSequenceChunker(nn.Module):
         self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None = None
     ) -> tuple[Outputs, Intermediates]:
         """`forward` for tokens whose layout is known already, as it is inside an HNet."""
-        packed, segmentation, probs, wanted = self._segment(tokens, layout, boundary_mask)
-        chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
+        packed, probs, pending = self._route(tokens, layout, boundary_mask)
+        # Queued while the number of chunks is on its way to the host.
+        loss = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
+        weighted_loss = self.ratio_loss_weight * loss
+        segmentation = pending.finish()
         chunks = self._downsample(packed, probs, segmentation, layout.cu_seqlens)
-        loss = self._ratio_loss(wanted, probs, layout.cu_seqlens)
-        record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, wanted, loss)
+        chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
+        record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, loss)
 
         def upsample(inner: Any, apply_scale: bool = True) -> Tensor:
             return self._upsample(inner, record, apply_scale)
 
-        return Outputs(chunk_layout.unpack(chunks), upsample, self.ratio_loss_weight * loss), record
+        return Outputs(chunk_layout.unpack(chunks), upsample, weighted_loss), record
 
-    def _segment(
+    def _route(
         self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None
-    ) -> tuple[Tensor, Segmentation, Tensor, Tensor]:
-        """Packed tokens, where they are cut, the probabilities, and the boundaries wanted."""
+    ) -> tuple[Tensor, Tensor, PendingSegmentation]:
+        """Packed tokens, the probability of a boundary at each, eq. (4), and where to cut."""
         self._check(tokens, boundary_mask, layout)
-        packed = layout.pack(tokens)
-        probs = self._route(packed, layout.cu_seqlens)
-        wanted = self._wanted(probs, boundary_mask, layout)
-        return packed, segment(wanted, layout.cu_seqlens, self.max_chunks), probs, wanted
+        packed, start_keys = layout.pack(tokens), None
+        if self.start_key is not None:
+            start_keys = self.start_key.expand(layout.batch, -1)
+        queries_keys = self.to_queries_keys(packed)
+        probs = boundary_probability_of_pairs(queries_keys, layout.cu_seqlens, start_keys)
+        if boundary_mask is None:
+            asked = probs > self.boundary_threshold
+        else:
+            asked = layout.pack(boundary_mask)
+        return packed, probs, begin_segment(asked, layout.cu_seqlens, self.max_chunks)
 
     def _check(self, tokens: Tensor, boundary_mask: Tensor | None, layout: Layout) -> None:
         if not tokens.is_floating_point() or tokens.shape[-1] != self.dim:
@@ -289,21 +295,6 @@ class DynamicSequenceChunker(nn.Module):
                 f"boundary_mask must be bool of shape {layout.shape}, "
                 f"got {flat.dtype} of shape {tuple(flat.shape)}"
             )
-
-    def _route(self, packed: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Probability of a boundary at each packed position, eq. (4)."""
-        queries_keys = self.to_queries_keys(packed)
-        start_keys = None
-        if self.start_key is not None:
-            start_keys = self.start_key.expand(len(cu_seqlens) - 1, -1)
-        return boundary_probability_of_pairs(queries_keys, cu_seqlens, start_keys)
-
-    def _wanted(self, probs: Tensor, given: Tensor | None, layout: Layout) -> Tensor:
-        """The boundaries before any limit: what the router, or the caller, asks for."""
-        asked = probs > self.boundary_threshold if given is None else layout.pack(given)
-        total = len(probs)
-        starts = sequence_starts(layout.cu_seqlens, total)
-        return (asked | starts) & in_some_sequence(layout.cu_seqlens, total)
 
     def _downsample(
         self, packed: Tensor, probs: Tensor, segmentation: Segmentation, cu_seqlens: Tensor
@@ -346,15 +337,17 @@ class DynamicSequenceChunker(nn.Module):
                     f"got {z.shape[-1]}"
                 )
             residual = self.residual(record.layout.pack(tokens))
-        smoothed, _ = ema_smooth(
+        out = dechunk(
             record.chunk_layout.pack(z),
-            self.smoothing_weights(segmentation.at_boundaries(probs)),
-            segmentation.cu_chunks,
+            probs,
+            segmentation,
+            residual,
+            straight_through=apply_scale,
             weigh_input=not self.multiply_by_prob,
+            clamp=self.smoothing_clamp,
+            dtype=tokens.dtype,
         )
-        confidence = probs.where(segmentation.boundary_mask, 1 - probs) if apply_scale else None
-        out = expand(smoothed, segmentation.chunk_of_position, confidence, residual)
-        out = _scale_gradient(out.to(tokens.dtype), self.learning_rate_difference)
+        out = _scale_gradient(out, self.learning_rate_difference)
         return record.layout.unpack(out)
 
     def residual(self, x: Tensor) -> Tensor:

@@ -28,8 +28,6 @@ class Intermediates:
     """Which positions open chunks, packed."""
     packed_probs: Tensor
     """float32 (total,), float64 for float64 tokens: boundary probabilities, with gradient."""
-    packed_wanted: Tensor
-    """bool (total,): the boundaries before `max_chunks` refused any, packed."""
     aux_ratio_loss: Tensor
     """float32 scalar (float64 for float64 tokens): the ratio loss before its weight."""
     outer: "Intermediates | None" = None
@@ -84,7 +82,7 @@ class Intermediates:
     def statistics(self) -> SegmentationStatistics:
         """Bytes per chunk, share and entropy of p, and how often the cap was hit."""
         return segmentation_statistics(
-            self.packed_wanted,
+            self.segmentation.wanted,
             self.segmentation.boundary_mask,
             self.packed_probs,
             cu_seqlens=self.layout.cu_seqlens,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops.packing import in_some_sequence, sequence_of_position
+from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 
 
 class SegmentationStatistics(NamedTuple):
@@ -67,6 +68,8 @@ def ratio_loss(
     if target_ratio <= 1:
         raise ValueError(f"target_ratio must be above 1, got {target_ratio}")
     real = _real_positions(boundary_mask, probs, mask, cu_seqlens)
+    if cu_seqlens is not None and mask is None and not per_sequence and soft_boundaries is None:
+        return pooled_ratio_loss(boundary_mask, probs, cu_seqlens, target_ratio)
 
     def total(values: Tensor) -> Tensor:
         values = values.to(torch.promote_types(values.dtype, torch.float32)).where(real, 0.0)
