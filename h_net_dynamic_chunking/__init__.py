@@ -13,6 +13,7 @@ from h_net_dynamic_chunking.losses import (
     ratio_loss,
     segmentation_statistics,
 )
+from h_net_dynamic_chunking.ops.backend import use_backend
 from h_net_dynamic_chunking.outputs import Outputs
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "generate",
     "ratio_loss",
     "segmentation_statistics",
+    "use_backend",
 ]

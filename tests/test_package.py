@@ -58,6 +58,7 @@ def test_public_names() -> None:
         "generate",
         "ratio_loss",
         "segmentation_statistics",
+        "use_backend",
     ]
     assert all(hasattr(package, name) for name in package.__all__)
 

@@ -27,10 +27,11 @@ from h_net_dynamic_chunking.ops._triton.common import on_device, power_of_2
 
 # Under this weight a chunk no longer counts: a 256th of what float32 rounds off.
 _NEGLIGIBLE = tl.constexpr(2.0**-32)
-# Rows that are in flight at a time. One warp with 16 bytes a thread takes 256 channels, keeps the
-# rows of a channel in one thread, and so scans without talking to the others.
-_ROWS = 8
+# One warp with 16 bytes a thread takes 256 channels, keeps the rows of a channel in one thread, and
+# so scans without talking to the others.
 _BLOCK_D = 256
+# Rows in flight at a time: as many as the registers hold (96 and 192 of 255 for bfloat16).
+_ROWS_FORWARD, _ROWS_BACKWARD = 8, 4
 # Chunks that are looked back over at a time.
 _CHUNKS = 16
 
@@ -291,7 +292,8 @@ def dechunk_bwd_kernel(
     i_start = i_b * block
     tiles = tl.cdiv(tl.minimum(block, T - i_start), ROWS)
     for i_tile in range(0, tiles):
-        o_t = i_start + (tiles - 1 - i_tile) * ROWS + o_r
+        # The last position first, so that the scan runs forward: its reverse moves every register.
+        o_t = i_start + (tiles - i_tile) * ROWS - 1 - o_r
         b_chunk, m_opens, b_p, _ = _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH)
         _, _, _, b_next_gate = _load_gates(
             p, chunk, slot, starts, o_t + 1, T, low, high, SMOOTH
@@ -313,9 +315,9 @@ def dechunk_bwd_kernel(
             if WEIGH:
                 b_change += tl.load(z + o_z, mask=m_z, other=0).to(tl.float32)
         b_gates = tl.broadcast_to(b_next_gate[:, None], [ROWS, BLOCK_D])
-        b_through, b_u = tl.associative_scan((b_gates, b_g), 0, _compose, reverse=True)
+        b_through, b_u = tl.associative_scan((b_gates, b_g), 0, _compose)
         b_u += tl.where(b_through == 0, 0.0, b_through * b_state[None, :])
-        b_state = tl.sum(tl.where(o_r[:, None] == 0, b_u, 0.0), axis=0)
+        b_state = tl.sum(tl.where(o_r[:, None] == ROWS - 1, b_u, 0.0), axis=0)
         b_grad_z = b_u * b_p[:, None] if WEIGH else b_u
         tl.store(grad_z + o_z, b_grad_z.to(grad_z.dtype.element_ty), mask=m_z)
         if SMOOTH:
@@ -441,7 +443,7 @@ def _forward(
             smoothed=smoothed if keep_smoothed else out,
             HAS_RESIDUAL=residual is not None,
             KEEP=keep_smoothed,
-            ROWS=_ROWS,
+            ROWS=_ROWS_FORWARD,
             **options,
             **shared,
         )
@@ -517,7 +519,7 @@ def _backward(
             low=options["low"],
             high=options["high"],
             SMOOTH=options["SMOOTH"],
-            ROWS=_ROWS,
+            ROWS=_ROWS_BACKWARD,
             **tensors,
             **shared,
         )
@@ -533,7 +535,7 @@ def _backward(
             B=len(cu_chunks) - 1,
             M=len(z),
             blocks=blocks,
-            ROWS=_ROWS,
+            ROWS=_ROWS_BACKWARD,
             **tensors,
             **options,
             **shared,

@@ -1,0 +1,45 @@
+"""The kernels of compaction against the torch operations: integers, so equal."""
+
+import pytest
+import torch
+
+from h_net_dynamic_chunking.ops import compact, gather_rows, segment, use_backend
+from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
+from tests.ops.triton_cases import poisoned_memory as poisoned_memory
+from tests.support import boundaries, cumulative, randn
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic")
+
+
+@pytest.mark.parametrize("lens", [*LENS, [0, 0, 2049, 5000], [1] * 1500])
+@pytest.mark.parametrize("limit", [None, 1, 3])
+@pytest.mark.parametrize("tail", [0, 2])
+def test_segmentation(lens: list[int], limit: int | None, tail: int) -> None:
+    """Over a block of positions, and over a block of sequences."""
+    total = sum(lens) + tail
+    for share in (0.0, 0.4, 1.0):
+        mask = boundaries(total, share, device=DEVICE)
+        cu_seqlens = cumulative(lens, DEVICE).to(torch.int32 if share else torch.int64)
+        with use_backend("torch"):
+            want = segment(mask, cu_seqlens, limit)
+        with use_backend("triton"):
+            got = segment(mask, cu_seqlens, limit)
+        for name, g, w in zip(want._fields, got, want, strict=True):
+            assert g == w if isinstance(g, int) else g.tolist() == w.tolist(), name
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_rows(limit: int | None) -> None:
+    lens = [3, 0, 1, 7]
+    mask, cu_seqlens = boundaries(11, device=DEVICE), cumulative(lens, DEVICE)
+    assert_kernels_agree(lambda x: compact(x, mask, cu_seqlens, limit)[0], randn(11, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.float32, torch.float64])
+def test_rows_of_any_dtype_are_moved_and_not_changed(dtype: torch.dtype) -> None:
+    x = randn(4, 1100, device=DEVICE).detach().to(dtype)[:, ::2]
+    index, inverse = torch.tensor([2, -1, 0]), torch.tensor([2, -1, 0, -1])
+    with use_backend("triton"):
+        rows = gather_rows(x, index.to(DEVICE), inverse.to(DEVICE))
+    assert torch.equal(rows, torch.stack((x[2], torch.zeros_like(x[0]), x[0])))

@@ -1,0 +1,119 @@
+"""The kernels of smoothing and expansion against the torch operations."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from h_net_dynamic_chunking.ops import dechunk, ema_smooth, expand, segment, use_backend
+from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
+from tests.ops.triton_cases import poisoned_memory as poisoned_memory
+from tests.support import assert_close, boundaries, cumulative, probabilities, randn
+
+kernels = pytest.importorskip("h_net_dynamic_chunking.ops._triton.dechunk")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic")
+
+
+@pytest.mark.parametrize("lens", LENS)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_dechunk(lens: list[int], share: float) -> None:
+    """One chunk a sequence, some, and every position a boundary."""
+    total = sum(lens)
+    segmentation = segment(boundaries(total, share, device=DEVICE), cumulative(lens, DEVICE))
+    z = randn(len(segmentation.boundary_positions), 5)
+    assert_kernels_agree(
+        lambda z, p: dechunk(z, p, segmentation), z, probabilities(total).detach() * 0.5 + 0.5
+    )
+    assert_kernels_agree(
+        lambda z, p, r: dechunk(z, p, segmentation, r), z, probabilities(total), randn(total, 5)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"straight_through": False}, {"weigh_input": False}, {"clamp": 0.1}],
+)
+@pytest.mark.parametrize("limit", [None, 2])
+def test_options(options: dict[str, Any], limit: int | None) -> None:
+    lens = [3, 0, 1, 40]
+    segmentation = segment(boundaries(44, device=DEVICE), cumulative(lens, DEVICE), limit)
+    z = randn(len(segmentation.boundary_positions), 5)
+    assert_kernels_agree(
+        lambda z, p: dechunk(z, p, segmentation, **options), z, probabilities(44)
+    )
+
+
+def test_memory_that_reaches_over_many_blocks() -> None:
+    """P near zero, as only boundaries from outside have it: nothing may be cut off."""
+    total, lens = 150, [150]
+    segmentation = segment(boundaries(total, device=DEVICE), cumulative(lens, DEVICE))
+    p = (probabilities(total).detach() * 0.01).requires_grad_()
+    z = randn(len(segmentation.boundary_positions), 3)
+    assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation), z, p)
+
+
+def test_wider_than_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BLOCK_D", 4)
+    segmentation = segment(boundaries(9, device=DEVICE), cumulative([4, 5], DEVICE))
+    z = randn(len(segmentation.boundary_positions), 10)
+    assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation), z, probabilities(9))
+
+
+def test_strided_input_and_tails_of_nan() -> None:
+    """Of positions, and of the slots that a limit leaves unused."""
+    mask, cu_seqlens = boundaries(70, device=DEVICE), cumulative([3, 60], DEVICE)
+    segmentation = segment(mask, cu_seqlens, 30)
+    kept = int(segmentation.cu_chunks[-1])
+    z, p = randn(60, 12), probabilities(70)
+    with torch.no_grad():
+        z[kept:], p[63:] = torch.nan, torch.nan
+    assert_kernels_agree(lambda z, p: dechunk(z[:, ::2], p, segmentation), z, p)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_sequence_and_its_future(bad: float) -> None:
+    lens = [70, 80, 70]
+    segmentation = segment(boundaries(220, device=DEVICE), cumulative(lens, DEVICE))
+    z = randn(len(segmentation.boundary_positions), 3, device=DEVICE).detach().float()
+    p = torch.full((220,), 0.5, device=DEVICE)
+    at = int(segmentation.cu_chunks[1]) + 10
+    with use_backend("triton"):
+        clean = dechunk(z, p, segmentation)
+        z[at, 1] = bad
+        dirty = dechunk(z, p, segmentation)
+    first = int(segmentation.boundary_positions[at])
+    assert not dirty[first, 1].isfinite()
+    same = torch.ones_like(clean, dtype=torch.bool)
+    same[first:150, 1] = False
+    assert torch.equal(dirty[same], clean[same])
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("weigh_input", [True, False])
+def test_smoothing_alone(with_state: bool, weigh_input: bool) -> None:
+    lens = [3, 0, 1, 70]
+    cu_chunks = cumulative(lens, DEVICE)
+    state = [randn(len(lens), 5, seed=3)] if with_state else []
+    for part in (0, 1):
+        assert_kernels_agree(
+            lambda z, p, *s, i=part: ema_smooth(z, p, cu_chunks, *s, weigh_input=weigh_input)[i],
+            randn(74, 5),
+            probabilities(74),
+            *state,
+        )
+
+
+def test_expansion_alone() -> None:
+    chunk = segment(boundaries(90), cumulative([3, 0, 1, 86])).chunk_of_position.to(DEVICE)
+    smoothed = randn(int(chunk[-1]) + 1, 5)
+    assert_kernels_agree(
+        lambda s, c, r: expand(s, chunk, c, r), smoothed, probabilities(90), randn(90, 5)
+    )
+    with use_backend("triton"):
+        leaf = smoothed.detach().float().to(DEVICE).requires_grad_()
+        # A tail that receives nothing, and a chunk that has no positions.
+        out = expand(leaf, torch.tensor([0, 0, 2, -1, -1], device=DEVICE))
+        out.sum().backward()
+    assert not out[3:].any()
+    assert leaf.grad is not None
+    assert_close("gradient", leaf.grad[:4, 0].cpu(), torch.tensor([2.0, 0, 1, 0]).double())
