@@ -59,9 +59,7 @@ def _(
 
 
 @torch.library.custom_op("h_net::ratio_loss_backward", mutates_args=())
-def _ratio_loss_backward(
-    grad: Tensor, slope: Tensor, probs: Tensor, cu_seqlens: Tensor
-) -> Tensor:
+def _ratio_loss_backward(grad: Tensor, slope: Tensor, probs: Tensor, cu_seqlens: Tensor) -> Tensor:
     if uses_triton(probs):
         from h_net_dynamic_chunking.ops._triton.ratio import ratio_loss_bwd
 

@@ -33,9 +33,7 @@ def test_same_numbers(options: dict[str, Any], packed: bool) -> None:
         with use_backend(backend):
             chunks, upsample, loss = chunker(x, **lengths)
             out = upsample(torch.tanh(chunks))
-            gradients = torch.autograd.grad(
-                out.square().sum() + loss, [x, *chunker.parameters()]
-            )
+            gradients = torch.autograd.grad(out.square().sum() + loss, [x, *chunker.parameters()])
         return [chunks, out, loss, *gradients]
 
     for i, (got, want) in enumerate(zip(run("triton"), run("torch"), strict=True)):

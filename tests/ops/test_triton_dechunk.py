@@ -38,9 +38,7 @@ def test_options(options: dict[str, Any], limit: int | None) -> None:
     lens = [3, 0, 1, 40]
     segmentation = segment(boundaries(44, device=DEVICE), cumulative(lens, DEVICE), limit)
     z = randn(len(segmentation.boundary_positions), 5)
-    assert_kernels_agree(
-        lambda z, p: dechunk(z, p, segmentation, **options), z, probabilities(44)
-    )
+    assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation, **options), z, probabilities(44))
 
 
 def test_memory_that_reaches_over_many_blocks() -> None:

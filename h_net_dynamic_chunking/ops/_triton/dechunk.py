@@ -198,9 +198,7 @@ def dechunk_fwd_kernel(
         b_s = tl.where(b_chunk[:, None] >= 0, b_s, 0.0)
         if HAS_RESIDUAL:
             b_s += b_residual
-        tl.store(
-            out + o_t[:, None] * D + o_d[None, :], b_s.to(out.dtype.element_ty), mask=m_row
-        )
+        tl.store(out + o_t[:, None] * D + o_d[None, :], b_s.to(out.dtype.element_ty), mask=m_row)
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -295,9 +293,7 @@ def dechunk_bwd_kernel(
         # The last position first, so that the scan runs forward: its reverse moves every register.
         o_t = i_start + (tiles - i_tile) * ROWS - 1 - o_r
         b_chunk, m_opens, b_p, _ = _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH)
-        _, _, _, b_next_gate = _load_gates(
-            p, chunk, slot, starts, o_t + 1, T, low, high, SMOOTH
-        )
+        _, _, _, b_next_gate = _load_gates(p, chunk, slot, starts, o_t + 1, T, low, high, SMOOTH)
         m_row = (b_chunk >= 0)[:, None] & m_d[None, :]
         m_z = m_opens[:, None] & m_d[None, :]
         o_z = b_chunk[:, None] * D + o_d[None, :]
@@ -476,9 +472,7 @@ def dechunk_bwd(
     }
     z, p = z.contiguous(), p.float().contiguous()
     grad_z = torch.empty_like(z)
-    return grad_z, _backward(
-        grad, z, smoothed, p, chunk, slot, starts, cu_chunks, grad_z, options
-    )
+    return grad_z, _backward(grad, z, smoothed, p, chunk, slot, starts, cu_chunks, grad_z, options)
 
 
 def expand_bwd(
