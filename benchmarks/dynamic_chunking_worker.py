@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from h_net_dynamic_chunking import DynamicSequenceChunker
 from torch import Tensor
+
+from h_net_dynamic_chunking import DynamicSequenceChunker
 
 
 def main() -> None:

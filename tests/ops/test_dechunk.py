@@ -10,7 +10,6 @@ from h_net_dynamic_chunking.ops import Segmentation, dechunk, reference, segment
 from tests.support import (
     DEVICES,
     RAGGED,
-    assert_close,
     assert_same_function,
     boundaries,
     compiled,

@@ -13,7 +13,7 @@ read a few chunks; with any other P they read as many as there are, and are as e
 the same in reverse, with the gradient of the positions in place of the chunks.
 
 A number that is not finite spreads to its channel of the chunks behind it in its sequence, as far
-as their gates let through more than `_NEGLIGIBLE`, and to nothing else.
+as their gates let through more than `NEGLIGIBLE`, and to nothing else.
 """
 
 from typing import Any
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import on_device, power_of_2
 
-# Under this weight a chunk no longer counts: a 256th of what float32 rounds off.
-_NEGLIGIBLE = tl.constexpr(2.0**-32)
 # One warp with 16 bytes a thread takes 256 channels, keeps the rows of a channel in one thread, and
 # so scans without talking to the others.
 _BLOCK_D = 256
 # Rows in flight at a time: as many as the registers hold (96 and 192 of 255 for bfloat16).
-_ROWS_FORWARD, _ROWS_BACKWARD = 8, 4
+_ROWS_FORWARD, _ROWS_BACKWARD = 4, 4
+# Iterations whose loads are on their way.
+_STAGES_FORWARD, _STAGES_BACKWARD = 3, 2
 # Chunks that are looked back over at a time.
 _CHUNKS = 16
 
@@ -39,8 +39,12 @@ _CHUNKS = 16
 @triton.jit
 def _compose(a_first, b_first, a_second, b_second):
     """x -> a x + b, one after the other. A gate of 0 lets nothing through, not even NaN."""
-    b_passed = tl.where(a_second == 0, 0.0, a_second * b_first)
-    return a_first * a_second, b_passed + b_second
+    return a_first * a_second, _after(b_second, a_second, b_first)
+
+
+@triton.jit
+def _after(b_x, b_gate, b_state):
+    return tl.where(b_gate == 0, b_x, b_gate * b_state + b_x)
 
 
 @triton.jit
@@ -49,11 +53,11 @@ def _clamped(b_p, low, high):
 
 
 @triton.jit
-def _opening(p, starts, o_t, m_opens, low, high, SMOOTH: tl.constexpr):
-    """P at the positions where chunks open, and how much of the chunk before passes them."""
+def _opening(p, starts, o_t, m_t, low, high, SMOOTH: tl.constexpr):
+    """P of each position, and how much of the chunk before passes it, if a chunk opens there."""
     if SMOOTH:
-        b_p = _clamped(tl.load(p + o_t, mask=m_opens, other=1), low, high)
-        m_start = tl.load(starts + o_t, mask=m_opens, other=1) != 0
+        b_p = _clamped(tl.load(p + o_t, mask=m_t, other=1), low, high)
+        m_start = tl.load(starts + o_t, mask=m_t, other=1) != 0
         b_gate = tl.where(m_start, 0.0, 1 - b_p)
     else:
         b_p = tl.full(o_t.shape, 1.0, tl.float32)
@@ -67,18 +71,20 @@ def _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH: tl.constexpr)
     m_t = o_t < T
     b_chunk = tl.load(chunk + o_t, mask=m_t, other=-1)
     m_opens = tl.load(slot + o_t, mask=m_t, other=-1) >= 0
-    b_p, b_gate = _opening(p, starts, o_t, m_opens, low, high, SMOOTH)
+    b_p, b_gate = _opening(p, starts, o_t, m_t, low, high, SMOOTH)
     b_gate = tl.where(m_opens, b_gate, tl.where(b_chunk >= 0, 1.0, 0.0))
     return b_chunk, m_opens, b_p, b_gate
 
 
 @triton.jit
-def _carry(states, through, i_first, i_stop, STEP: tl.constexpr, D, o_d, m_d):
+def _carry(
+    states, through, i_first, i_stop, o_d, m_d, D, STEP: tl.constexpr, NEGLIGIBLE: tl.constexpr
+):
     """The state that block `i_first` passes on, from it and all that lie behind it."""
     b_state = tl.zeros(o_d.shape, tl.float32)
     weight = tl.full([], 1.0, tl.float32)
     i_b = i_first
-    while (i_b != i_stop) & ((weight > _NEGLIGIBLE) | (weight != weight)):
+    while (i_b != i_stop) & ((weight > NEGLIGIBLE) | (weight != weight)):
         b_state += weight * tl.load(states + i_b * D + o_d, mask=m_d, other=0)
         weight *= tl.load(through + i_b)
         i_b += STEP
@@ -102,6 +108,7 @@ def ends_kernel(
     WEIGH: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
 ):
     """The state at the end of each block if none came in, and how much passes the block."""
     i_p = tl.program_id(0).to(tl.int64)
@@ -116,7 +123,7 @@ def ends_kernel(
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
     # Nothing passes into the tail.
     weight = tl.where(i_c >= 0, 1.0, 0.0)
-    while (i_c > before) & ((weight > _NEGLIGIBLE) | (weight != weight)):
+    while (i_c > before) & ((weight > NEGLIGIBLE) | (weight != weight)):
         o_c = i_c - o_back
         m_c = o_c > before
         o_open = tl.load(positions + o_c, mask=m_c, other=0)
@@ -126,7 +133,7 @@ def ends_kernel(
         o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
         _, b_newer_gate = _opening(p, starts, o_open, m_newer, low, high, True)
         b_weight = weight * tl.cumprod(tl.where(m_newer, b_newer_gate, 1.0), axis=0)
-        m_counts = m_c & ((b_weight > _NEGLIGIBLE) | (b_weight != b_weight))
+        m_counts = m_c & ((b_weight > NEGLIGIBLE) | (b_weight != b_weight))
         b_z = tl.load(
             z + o_c[:, None] * D + o_d[None, :], mask=m_counts[:, None] & m_d[None, :], other=0
         ).to(tl.float32)
@@ -136,7 +143,7 @@ def ends_kernel(
         i_c -= CHUNKS
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
-        tl.store(through + i_b, tl.where(weight <= _NEGLIGIBLE, 0.0, weight))
+        tl.store(through + i_b, tl.where(weight <= NEGLIGIBLE, 0.0, weight))
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -161,7 +168,9 @@ def dechunk_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
 ):
     i_p = tl.program_id(0).to(tl.int64)
     i_b, i_d = i_p // tl.cdiv(D, BLOCK_D), i_p % tl.cdiv(D, BLOCK_D)
@@ -170,12 +179,12 @@ def dechunk_fwd_kernel(
     o_r = tl.arange(0, ROWS)
     i_start = i_b * block
     if SMOOTH:
-        b_state = _carry(states, through, i_b - 1, -1, -1, D, o_d, m_d)
+        b_state = _carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
     else:
         # The chunk that an earlier block opened.
         i_c = tl.load(chunk + i_start)
         b_state = tl.load(z + tl.maximum(i_c, 0) * D + o_d, mask=m_d, other=0).to(tl.float32)
-    for i_t in range(i_start, tl.minimum(i_start + block, T), ROWS):
+    for i_t in tl.range(i_start, tl.minimum(i_start + block, T), ROWS, num_stages=STAGES):
         o_t = i_t + o_r
         m_row = (o_t < T)[:, None] & m_d[None, :]
         b_chunk, m_opens, b_p, b_gate = _load_gates(
@@ -191,7 +200,7 @@ def dechunk_fwd_kernel(
             b_z *= tl.where(m_opens, b_p, 0.0)[:, None]
         b_gates = tl.broadcast_to(b_gate[:, None], [ROWS, BLOCK_D])
         b_through, b_s = tl.associative_scan((b_gates, b_z), 0, _compose)
-        b_s += tl.where(b_through == 0, 0.0, b_through * b_state[None, :])
+        b_s = _after(b_s, b_through, b_state[None, :])
         b_state = tl.sum(tl.where(o_r[:, None] == ROWS - 1, b_s, 0.0), axis=0)
         if KEEP:
             tl.store(smoothed + o_z, b_s.to(smoothed.dtype.element_ty), mask=m_z)
@@ -218,6 +227,7 @@ def begins_kernel(
     SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
 ):
     """What reaches the first position of each block from the block, and how much passes it."""
     i_p = tl.program_id(0).to(tl.int64)
@@ -230,12 +240,12 @@ def begins_kernel(
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
     weight = tl.full([], 1.0, tl.float32)
     i_t = i_start
-    while (i_t < i_stop) & ((weight > _NEGLIGIBLE) | (weight != weight)):
+    while (i_t < i_stop) & ((weight > NEGLIGIBLE) | (weight != weight)):
         o_t = i_t + o_r
         b_chunk, _, _, b_gate = _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH)
         b_gate = tl.where(o_t == i_start, 1.0, b_gate)
         b_weight = weight * tl.cumprod(b_gate, axis=0)
-        m_counts = (b_chunk >= 0) & ((b_weight > _NEGLIGIBLE) | (b_weight != b_weight))
+        m_counts = (b_chunk >= 0) & ((b_weight > NEGLIGIBLE) | (b_weight != b_weight))
         b_g = tl.load(
             grad + o_t[:, None] * D + o_d[None, :], mask=m_counts[:, None] & m_d[None, :], other=0
         ).to(tl.float32)
@@ -247,7 +257,7 @@ def begins_kernel(
         # The gate behind the block is the last that a gradient passes on its way in.
         _, _, _, b_gate = _load_gates(p, chunk, slot, starts, i_stop + o_r, T, low, high, SMOOTH)
         weight *= tl.sum(tl.where(o_r == 0, b_gate, 0.0))
-        tl.store(through + i_b, tl.where(weight <= _NEGLIGIBLE, 0.0, weight))
+        tl.store(through + i_b, tl.where(weight <= NEGLIGIBLE, 0.0, weight))
 
 
 @triton.jit(do_not_specialize=["T", "B", "M", "block", "blocks"])
@@ -276,20 +286,23 @@ def dechunk_bwd_kernel(
     SMOOTH: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
 ):
     i_p = tl.program_id(0).to(tl.int64)
-    i_b, i_d = i_p // tl.cdiv(D, BLOCK_D), i_p % tl.cdiv(D, BLOCK_D)
+    # The last block first: its gradients are what the kernel before has left in the cache.
+    i_b, i_d = blocks - 1 - i_p // tl.cdiv(D, BLOCK_D), i_p % tl.cdiv(D, BLOCK_D)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     o_r = tl.arange(0, ROWS)
     # Slots behind the last chunk belong to no program: all share in clearing them.
     for i_c in range(tl.load(cu_chunks + B).to(tl.int64) + i_b, M, blocks):
         tl.store(grad_z + i_c * D + o_d, tl.zeros_like(o_d).to(grad_z.dtype.element_ty), mask=m_d)
-    b_state = _carry(states, through, i_b + 1, blocks, 1, D, o_d, m_d)
+    b_state = _carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
     i_start = i_b * block
     tiles = tl.cdiv(tl.minimum(block, T - i_start), ROWS)
-    for i_tile in range(0, tiles):
+    for i_tile in tl.range(0, tiles, num_stages=STAGES):
         # The last position first, so that the scan runs forward: its reverse moves every register.
         o_t = i_start + (tiles - i_tile) * ROWS - 1 - o_r
         b_chunk, m_opens, b_p, _ = _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH)
@@ -312,7 +325,7 @@ def dechunk_bwd_kernel(
                 b_change += tl.load(z + o_z, mask=m_z, other=0).to(tl.float32)
         b_gates = tl.broadcast_to(b_next_gate[:, None], [ROWS, BLOCK_D])
         b_through, b_u = tl.associative_scan((b_gates, b_g), 0, _compose)
-        b_u += tl.where(b_through == 0, 0.0, b_through * b_state[None, :])
+        b_u = _after(b_u, b_through, b_state[None, :])
         b_state = tl.sum(tl.where(o_r[:, None] == ROWS - 1, b_u, 0.0), axis=0)
         b_grad_z = b_u * b_p[:, None] if WEIGH else b_u
         tl.store(grad_z + o_z, b_grad_z.to(grad_z.dtype.element_ty), mask=m_z)
@@ -334,7 +347,14 @@ def _launch(x: Tensor, total: int) -> tuple[dict[str, Any], int, tuple[int], Ten
     block, block_d = _block(total), min(power_of_2(dim), _BLOCK_D)
     blocks = triton.cdiv(total, block)
     states = torch.empty(blocks, dim, dtype=torch.float32, device=x.device)
-    shared = {"T": total, "block": block, "D": dim, "BLOCK_D": block_d, "num_warps": 1}
+    shared = {
+        "T": total,
+        "block": block,
+        "D": dim,
+        "BLOCK_D": block_d,
+        "NEGLIGIBLE": 2.0**-32 if x.dtype == torch.float32 else 2.0**-20,
+        "num_warps": max(1, block_d // 256),
+    }
     return (
         shared,
         blocks,
@@ -440,6 +460,7 @@ def _forward(
             HAS_RESIDUAL=residual is not None,
             KEEP=keep_smoothed,
             ROWS=_ROWS_FORWARD,
+            STAGES=_STAGES_FORWARD,
             **options,
             **shared,
         )
@@ -530,6 +551,7 @@ def _backward(
             M=len(z),
             blocks=blocks,
             ROWS=_ROWS_BACKWARD,
+            STAGES=_STAGES_BACKWARD,
             **tensors,
             **options,
             **shared,
