@@ -311,7 +311,6 @@ def _ema_on_triton(
         p,
         numbers,
         numbers,
-        numbers,
         starts,
         None,
         dtype,

@@ -80,8 +80,8 @@ def _expand(
         from h_net_dynamic_chunking.ops._triton.dechunk import expand_fwd
 
         dtype = smoothed.dtype if residual is None else residual.dtype
-        slot = _slot_of_position(chunk_of_position)
-        return expand_fwd(smoothed, chunk_of_position.contiguous(), slot, residual, dtype)
+        positions = _positions(chunk_of_position, len(smoothed))
+        return expand_fwd(smoothed, chunk_of_position.contiguous(), positions, residual, dtype)
     repeated = gather_or_zero(smoothed, chunk_of_position)
     if residual is None:
         return repeated
@@ -89,10 +89,10 @@ def _expand(
     return repeated.to(dtype).add_(residual).to(residual.dtype)
 
 
-def _slot_of_position(chunk_of_position: Tensor) -> Tensor:
-    """The chunk where it is another than that of the position before, else -1."""
-    before = torch.nn.functional.pad(chunk_of_position[:-1], (1, 0), value=-1)
-    return chunk_of_position.where(chunk_of_position != before, -1)
+def _positions(chunk_of_position: Tensor, chunks: int) -> Tensor:
+    """int64 (chunks,): the first position of each chunk; of the next one, if it has none."""
+    owner = chunk_of_position.where(chunk_of_position >= 0, chunks)
+    return torch.searchsorted(owner, torch.arange(chunks, device=owner.device))
 
 
 @_expand.register_fake
@@ -111,8 +111,8 @@ def _expand_backward(
     if uses_triton(smoothed) and len(chunk_of_position):
         from h_net_dynamic_chunking.ops._triton.dechunk import expand_bwd
 
-        slot = _slot_of_position(chunk_of_position)
-        return expand_bwd(grad, smoothed, chunk_of_position.contiguous(), slot)
+        positions = _positions(chunk_of_position, len(smoothed))
+        return expand_bwd(grad, smoothed, chunk_of_position.contiguous(), positions)
     dtype = accumulation_dtype(smoothed.dtype)
     chunks, dim = smoothed.shape
     # The tail adds to one row behind the last chunk, which is cut off again.

@@ -59,7 +59,7 @@ def test_the_choice_nests_and_is_given_back() -> None:
 
 def test_asking_for_triton_where_it_cannot_run_raises_with_the_reason() -> None:
     x, cu_seqlens = randn(4, 6), cumulative([4])
-    with use_backend("triton"), pytest.raises(ValueError, match="cannot run here: .*float64"):
+    with use_backend("triton"), pytest.raises(ValueError, match=r"cannot run here: .*float64"):
         boundary_probability_of_pairs(x, cu_seqlens)
     boundary_probability_of_pairs(x, cu_seqlens)
 

@@ -1,19 +1,20 @@
 """Smoothing and expansion in one pass, and backward in one: read the chunks, write the positions.
 
-Over positions t the smoothed vector of the current chunk obeys
+Each program walks over the chunks of a block of positions with a stretch of channels in registers:
 
-    s_t = gate_t s_{t-1} + weight_t z_{chunk of t}
+    s_k = P_k z_k + (1 - P_k) s_{k-1}
 
-with weight P and gate 1 - P where a chunk opens, gate 0 at the start of a sequence, and 0 and 1 at
-the positions between. Each program walks over a block of positions, a few rows at a time, with a
-stretch of channels in registers. What it needs of the blocks before comes from a first kernel: the
-state at the end of each block, as if nothing had been before, and how much goes through the block.
-Both stop looking back where nothing that far away has weight, so that with P above a half they
-read a few chunks; with any other P they read as many as there are, and are as exact. Backward is
-the same in reverse, with the gradient of the positions in place of the chunks.
+and writes s_k to the positions of chunk k. What it needs of the blocks before comes from a first
+kernel: the state at the end of each block, as if nothing had been before, and how much goes through
+the block. Both stop looking back where nothing that far away has weight, so that with P above a
+half they read a few chunks; with any other P they read as many as there are, and are as exact.
+Backward is the same in reverse, with the gradients of the positions in place of the chunks.
 
 A number that is not finite spreads to its channel of the chunks behind it in its sequence, as far
 as their gates let through more than `NEGLIGIBLE`, and to nothing else.
+
+The first version scanned tiles of positions with `tl.associative_scan`; it was bound by its 20
+instructions an element, where the walk over chunks needs an addition and a share of a store.
 """
 
 from typing import Any
@@ -25,70 +26,79 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import on_device, power_of_2
 
-# One warp with 16 bytes a thread takes 256 channels, keeps the rows of a channel in one thread, and
-# so scans without talking to the others.
+# One warp with 16 bytes a thread takes 256 channels; no two threads have a channel in common, so
+# that a sum over rows needs no exchange.
 _BLOCK_D = 256
-# Rows in flight at a time: as many as the registers hold (96 and 192 of 255 for bfloat16).
-_ROWS_FORWARD, _ROWS_BACKWARD = 4, 4
-# Iterations whose loads are on their way.
-_STAGES_FORWARD, _STAGES_BACKWARD = 3, 2
+# Positions that are in flight at a time.
+_ROWS = 4
 # Chunks that are looked back over at a time.
 _CHUNKS = 16
 
 
 @triton.jit
-def _compose(a_first, b_first, a_second, b_second):
-    """x -> a x + b, one after the other. A gate of 0 lets nothing through, not even NaN."""
-    return a_first * a_second, _after(b_second, a_second, b_first)
+def _counts(weight, NEGLIGIBLE: tl.constexpr):
+    """Whether something of this weight is still to be seen; NaN is."""
+    return (weight > NEGLIGIBLE) | (weight != weight)
 
 
 @triton.jit
-def _after(b_x, b_gate, b_state):
-    return tl.where(b_gate == 0, b_x, b_gate * b_state + b_x)
-
-
-@triton.jit
-def _clamped(b_p, low, high):
-    return tl.where(b_p < low, low, tl.where(b_p > high, high, b_p))
+def _after(b_x, gate, b_state):
+    """x + gate state. A gate of 0 lets nothing through, not even NaN."""
+    return tl.where(gate == 0, b_x, gate * b_state + b_x)
 
 
 @triton.jit
 def _opening(p, starts, o_t, m_t, low, high, SMOOTH: tl.constexpr):
-    """P of each position, and how much of the chunk before passes it, if a chunk opens there."""
+    """P of a chunk that opens at position t, and how much of the chunk before passes it."""
     if SMOOTH:
-        b_p = _clamped(tl.load(p + o_t, mask=m_t, other=1), low, high)
-        m_start = tl.load(starts + o_t, mask=m_t, other=1) != 0
-        b_gate = tl.where(m_start, 0.0, 1 - b_p)
+        b_p = tl.load(p + o_t, mask=m_t, other=1)
+        b_p = tl.where(b_p < low, low, tl.where(b_p > high, high, b_p))
+        b_gate = tl.where(tl.load(starts + o_t, mask=m_t, other=1) != 0, 0.0, 1 - b_p)
     else:
-        b_p = tl.full(o_t.shape, 1.0, tl.float32)
-        b_gate = tl.zeros(o_t.shape, tl.float32)
+        b_p = tl.zeros_like(o_t).to(tl.float32) + 1
+        b_gate = tl.zeros_like(o_t).to(tl.float32)
     return b_p, b_gate
 
 
 @triton.jit
-def _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH: tl.constexpr):
-    """Chunk (-1: none), whether it opens here, its P, and the gate of each position."""
-    m_t = o_t < T
-    b_chunk = tl.load(chunk + o_t, mask=m_t, other=-1)
-    m_opens = tl.load(slot + o_t, mask=m_t, other=-1) >= 0
-    b_p, b_gate = _opening(p, starts, o_t, m_t, low, high, SMOOTH)
-    b_gate = tl.where(m_opens, b_gate, tl.where(b_chunk >= 0, 1.0, 0.0))
-    return b_chunk, m_opens, b_p, b_gate
+def _block_of_positions(chunk, i_b, T, block):
+    """Positions i_start .. i_stop, without the tail; their first and last chunk, or -1."""
+    i_start = i_b * block
+    i_stop = tl.minimum(i_start + block, T)
+    i_last = tl.load(chunk + i_stop - 1)
+    if i_last < 0:
+        live = tl.zeros([], tl.int64)
+        for i_t in range(i_start, i_stop, 64):
+            o_t = i_t + tl.arange(0, 64)
+            b_chunk = tl.load(chunk + o_t, mask=o_t < i_stop, other=-1)
+            live += tl.sum((b_chunk >= 0).to(tl.int64))
+        i_stop = i_start + live
+        i_last = tl.load(chunk + tl.maximum(i_stop - 1, 0), mask=live > 0, other=-1)
+    return i_start, i_stop, tl.load(chunk + i_start), i_last
 
 
 @triton.jit
 def _carry(
-    states, through, i_first, i_stop, o_d, m_d, D, STEP: tl.constexpr, NEGLIGIBLE: tl.constexpr
+    states, through, i_first, i_end, o_d, m_d, D, STEP: tl.constexpr, NEGLIGIBLE: tl.constexpr
 ):
     """The state that block `i_first` passes on, from it and all that lie behind it."""
     b_state = tl.zeros(o_d.shape, tl.float32)
     weight = tl.full([], 1.0, tl.float32)
     i_b = i_first
-    while (i_b != i_stop) & ((weight > NEGLIGIBLE) | (weight != weight)):
+    while (i_b != i_end) & _counts(weight, NEGLIGIBLE):
         b_state += weight * tl.load(states + i_b * D + o_d, mask=m_d, other=0)
         weight *= tl.load(through + i_b)
         i_b += STEP
     return b_state
+
+
+@triton.jit
+def _program(D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Block of positions, stretch of channels, and its offsets; neighbours share the positions."""
+    i_p = tl.program_id(0).to(tl.int64)
+    i_d = i_p % tl.cdiv(D, BLOCK_D)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    return i_p // tl.cdiv(D, BLOCK_D), i_d, o_d, o_d < D
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -111,10 +121,7 @@ def ends_kernel(
     NEGLIGIBLE: tl.constexpr,
 ):
     """The state at the end of each block if none came in, and how much passes the block."""
-    i_p = tl.program_id(0).to(tl.int64)
-    i_b, i_d = i_p // tl.cdiv(D, BLOCK_D), i_p % tl.cdiv(D, BLOCK_D)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
+    i_b, i_d, o_d, m_d = _program(D, BLOCK_D)
     i_t = i_b * block
     # Chunks open in this block from behind `before` up to `i_c`.
     before = tl.load(chunk + i_t - 1, mask=i_t > 0, other=-1)
@@ -123,7 +130,7 @@ def ends_kernel(
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
     # Nothing passes into the tail.
     weight = tl.where(i_c >= 0, 1.0, 0.0)
-    while (i_c > before) & ((weight > NEGLIGIBLE) | (weight != weight)):
+    while (i_c > before) & _counts(weight, NEGLIGIBLE):
         o_c = i_c - o_back
         m_c = o_c > before
         o_open = tl.load(positions + o_c, mask=m_c, other=0)
@@ -133,17 +140,40 @@ def ends_kernel(
         o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
         _, b_newer_gate = _opening(p, starts, o_open, m_newer, low, high, True)
         b_weight = weight * tl.cumprod(tl.where(m_newer, b_newer_gate, 1.0), axis=0)
-        m_counts = m_c & ((b_weight > NEGLIGIBLE) | (b_weight != b_weight))
-        b_z = tl.load(
-            z + o_c[:, None] * D + o_d[None, :], mask=m_counts[:, None] & m_d[None, :], other=0
-        ).to(tl.float32)
+        m_counts = m_c & _counts(b_weight, NEGLIGIBLE)
+        m_z = m_counts[:, None] & m_d[None, :]
+        b_z = tl.load(z + o_c[:, None] * D + o_d[None, :], mask=m_z, other=0).to(tl.float32)
         b_share = b_weight * b_p if WEIGH else b_weight
         b_state += tl.sum(tl.where(m_counts, b_share, 0.0)[:, None] * b_z, axis=0)
         weight = tl.sum(tl.where(o_back == CHUNKS - 1, b_weight * b_gate, 0.0))
         i_c -= CHUNKS
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
-        tl.store(through + i_b, tl.where(weight <= NEGLIGIBLE, 0.0, weight))
+        tl.store(through + i_b, tl.where(_counts(weight, NEGLIGIBLE), weight, 0.0))
+
+
+@triton.jit
+def _store_rows(
+    out,
+    residual,
+    i_from,
+    i_to,
+    b_row,
+    o_d,
+    m_d,
+    D,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The row, plus the residual, to positions i_from .. i_to."""
+    for i_t in range(i_from, i_to, ROWS):
+        o_t = i_t + tl.arange(0, ROWS)
+        m_row = (o_t < i_to)[:, None] & m_d[None, :]
+        o_row = o_t[:, None] * D + o_d[None, :]
+        b_out = tl.broadcast_to(b_row[None, :], [ROWS, b_row.shape[0]])
+        if HAS_RESIDUAL:
+            b_out += tl.load(residual + o_row, mask=m_row, other=0).to(tl.float32)
+        tl.store(out + o_row, b_out.to(out.dtype.element_ty), mask=m_row)
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -151,7 +181,7 @@ def dechunk_fwd_kernel(
     z,
     p,
     chunk,
-    slot,
+    positions,
     starts,
     residual,
     states,
@@ -168,46 +198,51 @@ def dechunk_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     KEEP: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
 ):
-    i_p = tl.program_id(0).to(tl.int64)
-    i_b, i_d = i_p // tl.cdiv(D, BLOCK_D), i_p % tl.cdiv(D, BLOCK_D)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    o_r = tl.arange(0, ROWS)
-    i_start = i_b * block
-    if SMOOTH:
-        b_state = _carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
-    else:
-        # The chunk that an earlier block opened.
-        i_c = tl.load(chunk + i_start)
-        b_state = tl.load(z + tl.maximum(i_c, 0) * D + o_d, mask=m_d, other=0).to(tl.float32)
-    for i_t in tl.range(i_start, tl.minimum(i_start + block, T), ROWS, num_stages=STAGES):
-        o_t = i_t + o_r
-        m_row = (o_t < T)[:, None] & m_d[None, :]
-        b_chunk, m_opens, b_p, b_gate = _load_gates(
-            p, chunk, slot, starts, o_t, T, low, high, SMOOTH
-        )
-        m_z = m_opens[:, None] & m_d[None, :]
-        o_z = b_chunk[:, None] * D + o_d[None, :]
-        b_z = tl.load(z + o_z, mask=m_z, other=0).to(tl.float32)
-        if HAS_RESIDUAL:
-            o_row = o_t[:, None] * D + o_d[None, :]
-            b_residual = tl.load(residual + o_row, mask=m_row, other=0).to(tl.float32)
-        if WEIGH:
-            b_z *= tl.where(m_opens, b_p, 0.0)[:, None]
-        b_gates = tl.broadcast_to(b_gate[:, None], [ROWS, BLOCK_D])
-        b_through, b_s = tl.associative_scan((b_gates, b_z), 0, _compose)
-        b_s = _after(b_s, b_through, b_state[None, :])
-        b_state = tl.sum(tl.where(o_r[:, None] == ROWS - 1, b_s, 0.0), axis=0)
-        if KEEP:
-            tl.store(smoothed + o_z, b_s.to(smoothed.dtype.element_ty), mask=m_z)
-        b_s = tl.where(b_chunk[:, None] >= 0, b_s, 0.0)
-        if HAS_RESIDUAL:
-            b_s += b_residual
-        tl.store(out + o_t[:, None] * D + o_d[None, :], b_s.to(out.dtype.element_ty), mask=m_row)
+    i_b, _, o_d, m_d = _program(D, BLOCK_D)
+    i_start, i_stop, i_first, i_last = _block_of_positions(chunk, i_b, T, block)
+    b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if i_first >= 0:
+        if SMOOTH:
+            b_state = _carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
+        else:
+            b_state = tl.load(z + i_first * D + o_d, mask=m_d, other=0).to(tl.float32)
+        i_open = tl.load(positions + i_first)
+        b_z = tl.load(z + i_first * D + o_d, mask=m_d, other=0)
+        for i_c in range(i_first, i_last + 1):
+            # The next chunk is on its way while this one is written.
+            i_ahead = tl.minimum(i_c + 1, i_last)
+            i_next = tl.load(positions + i_ahead)
+            b_next_z = tl.load(z + i_ahead * D + o_d, mask=m_d, other=0)
+            if i_open >= i_start:
+                weight, gate = _opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
+                b_x = b_z.to(tl.float32)
+                if WEIGH:
+                    b_x *= weight
+                b_state = _after(b_x, gate, b_state)
+                if KEEP:
+                    b_kept = b_state.to(smoothed.dtype.element_ty)
+                    tl.store(smoothed + i_c * D + o_d, b_kept, mask=m_d)
+            i_from = tl.maximum(i_open, i_start)
+            i_to = tl.where(i_c < i_last, i_next, i_stop)
+            _store_rows(out, residual, i_from, i_to, b_state, o_d, m_d, D, HAS_RESIDUAL, ROWS)
+            i_open = i_next
+            b_z = b_next_z
+    b_none = tl.zeros([BLOCK_D], dtype=tl.float32)
+    i_end = tl.minimum(i_start + block, T)
+    _store_rows(out, residual, i_stop, i_end, b_none, o_d, m_d, D, HAS_RESIDUAL, ROWS)
+
+
+@triton.jit
+def _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH: tl.constexpr):
+    """How much of the gradient of position i_stop reaches the position before it."""
+    m_t = i_stop < T
+    i_c = tl.load(chunk + i_stop, mask=m_t, other=-1)
+    i_open = tl.load(positions + i_c, mask=i_c >= 0, other=0)
+    _, gate = _opening(p, starts, i_open, i_c >= 0, low, high, SMOOTH)
+    return tl.where(i_c < 0, 0.0, tl.where(i_open == i_stop, gate, 1.0))
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -215,7 +250,7 @@ def begins_kernel(
     grad,
     p,
     chunk,
-    slot,
+    positions,
     starts,
     states,
     through,
@@ -230,34 +265,29 @@ def begins_kernel(
     NEGLIGIBLE: tl.constexpr,
 ):
     """What reaches the first position of each block from the block, and how much passes it."""
-    i_p = tl.program_id(0).to(tl.int64)
-    i_b, i_d = i_p // tl.cdiv(D, BLOCK_D), i_p % tl.cdiv(D, BLOCK_D)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    o_r = tl.arange(0, ROWS)
-    i_start = i_b * block
-    i_stop = tl.minimum(i_start + block, T)
+    i_b, i_d, o_d, m_d = _program(D, BLOCK_D)
+    i_from, i_stop, i_c, i_last = _block_of_positions(chunk, i_b, T, block)
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
-    weight = tl.full([], 1.0, tl.float32)
-    i_t = i_start
-    while (i_t < i_stop) & ((weight > NEGLIGIBLE) | (weight != weight)):
-        o_t = i_t + o_r
-        b_chunk, _, _, b_gate = _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH)
-        b_gate = tl.where(o_t == i_start, 1.0, b_gate)
-        b_weight = weight * tl.cumprod(b_gate, axis=0)
-        m_counts = (b_chunk >= 0) & ((b_weight > NEGLIGIBLE) | (b_weight != b_weight))
-        b_g = tl.load(
-            grad + o_t[:, None] * D + o_d[None, :], mask=m_counts[:, None] & m_d[None, :], other=0
-        ).to(tl.float32)
-        b_state += tl.sum(tl.where(m_counts, b_weight, 0.0)[:, None] * b_g, axis=0)
-        weight = tl.sum(tl.where(o_r == ROWS - 1, b_weight, 0.0))
-        i_t += ROWS
+    weight = tl.where(i_c >= 0, 1.0, 0.0)
+    while (i_c <= i_last) & _counts(weight, NEGLIGIBLE):
+        is_inner = i_c < i_last
+        i_next = tl.load(positions + i_c + 1, mask=is_inner, other=0)
+        i_to = tl.where(is_inner, i_next, i_stop)
+        b_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for i_t in range(i_from, i_to, ROWS):
+            o_t = i_t + tl.arange(0, ROWS)
+            m_row = (o_t < i_to)[:, None] & m_d[None, :]
+            b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
+            b_sum += tl.sum(b_g.to(tl.float32), axis=0)
+        b_state += weight * b_sum
+        _, gate = _opening(p, starts, i_next, is_inner, low, high, SMOOTH)
+        weight *= tl.where(is_inner, gate, 1.0)
+        i_from = i_next
+        i_c += 1
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
-        # The gate behind the block is the last that a gradient passes on its way in.
-        _, _, _, b_gate = _load_gates(p, chunk, slot, starts, i_stop + o_r, T, low, high, SMOOTH)
-        weight *= tl.sum(tl.where(o_r == 0, b_gate, 0.0))
-        tl.store(through + i_b, tl.where(weight <= NEGLIGIBLE, 0.0, weight))
+        weight *= _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
+        tl.store(through + i_b, tl.where(_counts(weight, NEGLIGIBLE), weight, 0.0))
 
 
 @triton.jit(do_not_specialize=["T", "B", "M", "block", "blocks"])
@@ -267,7 +297,7 @@ def dechunk_bwd_kernel(
     smoothed,
     p,
     chunk,
-    slot,
+    positions,
     starts,
     cu_chunks,
     states,
@@ -286,54 +316,67 @@ def dechunk_bwd_kernel(
     SMOOTH: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
 ):
-    i_p = tl.program_id(0).to(tl.int64)
+    """From the last chunk to the first. CONFIDENCE: "none", "plain", or "of decision", which is p
+    where a chunk opens and 1 - p elsewhere."""
+    i_b, i_d, o_d, m_d = _program(D, BLOCK_D)
     # The last block first: its gradients are what the kernel before has left in the cache.
-    i_b, i_d = blocks - 1 - i_p // tl.cdiv(D, BLOCK_D), i_p % tl.cdiv(D, BLOCK_D)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    o_r = tl.arange(0, ROWS)
-    # Slots behind the last chunk belong to no program: all share in clearing them.
+    i_b = blocks - 1 - i_b
+    p_dots = dots + i_d * T
+    # Slots behind the last chunk belong to no block: all share in clearing them.
     for i_c in range(tl.load(cu_chunks + B).to(tl.int64) + i_b, M, blocks):
         tl.store(grad_z + i_c * D + o_d, tl.zeros_like(o_d).to(grad_z.dtype.element_ty), mask=m_d)
-    b_state = _carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
-    i_start = i_b * block
-    tiles = tl.cdiv(tl.minimum(block, T - i_start), ROWS)
-    for i_tile in tl.range(0, tiles, num_stages=STAGES):
-        # The last position first, so that the scan runs forward: its reverse moves every register.
-        o_t = i_start + (tiles - i_tile) * ROWS - 1 - o_r
-        b_chunk, m_opens, b_p, _ = _load_gates(p, chunk, slot, starts, o_t, T, low, high, SMOOTH)
-        _, _, _, b_next_gate = _load_gates(p, chunk, slot, starts, o_t + 1, T, low, high, SMOOTH)
-        m_row = (b_chunk >= 0)[:, None] & m_d[None, :]
-        m_z = m_opens[:, None] & m_d[None, :]
-        o_z = b_chunk[:, None] * D + o_d[None, :]
-        b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0).to(tl.float32)
-        b_dot = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-        if CONFIDENCE != "none":
-            b_dot += b_g * tl.load(smoothed + o_z, mask=m_row, other=0).to(tl.float32)
-        if CONFIDENCE == "of decision":
-            # 1 - p is the confidence between boundaries.
-            b_dot = tl.where(m_opens[:, None], b_dot, -b_dot)
-        if SMOOTH:
-            m_start = tl.load(starts + o_t, mask=m_opens, other=1) != 0
-            m_before = m_z & (m_start == 0)[:, None]
-            b_change = -tl.load(smoothed + o_z - D, mask=m_before, other=0).to(tl.float32)
-            if WEIGH:
-                b_change += tl.load(z + o_z, mask=m_z, other=0).to(tl.float32)
-        b_gates = tl.broadcast_to(b_next_gate[:, None], [ROWS, BLOCK_D])
-        b_through, b_u = tl.associative_scan((b_gates, b_g), 0, _compose)
-        b_u = _after(b_u, b_through, b_state[None, :])
-        b_state = tl.sum(tl.where(o_r[:, None] == ROWS - 1, b_u, 0.0), axis=0)
-        b_grad_z = b_u * b_p[:, None] if WEIGH else b_u
-        tl.store(grad_z + o_z, b_grad_z.to(grad_z.dtype.element_ty), mask=m_z)
-        if SMOOTH:
-            b_raw = tl.load(p + o_t, mask=m_opens, other=0)
-            m_moves = m_opens & ((b_raw < low) | (b_raw > high) == 0)
-            b_dot += tl.where(m_moves[:, None], b_u * b_change, 0.0)
-        tl.store(dots + i_d * T + o_t, tl.sum(b_dot, axis=1), mask=o_t < T)
+    i_start, i_stop, i_first, i_last = _block_of_positions(chunk, i_b, T, block)
+    for i_t in range(i_stop, tl.minimum(i_start + block, T)):
+        tl.store(p_dots + i_t, 0.0)
+    if i_first >= 0:
+        b_u = _carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
+        gate = _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
+        i_to = i_stop
+        b_s = tl.load(smoothed + i_last * D + o_d, mask=m_d, other=0)
+        for i_back in range(0, i_last - i_first + 1):
+            i_c = i_last - i_back
+            i_open = tl.load(positions + i_c)
+            # Here the chunk opens, unless an earlier block has done that, or it has no positions.
+            b_open = tl.zeros_like(o_d) + i_open
+            m_open = m_d & (b_open >= i_start) & (b_open < i_to)
+            b_g_open = tl.load(grad + i_open * D + o_d, mask=m_open, other=0).to(tl.float32)
+            b_s_before = tl.load(smoothed + tl.maximum(i_c - 1, 0) * D + o_d, mask=m_d, other=0)
+            b_z = tl.load(z + i_c * D + o_d, mask=m_open, other=0).to(tl.float32)
+            b_now = b_s.to(tl.float32)
+            b_u = _after(b_g_open, gate, b_u)
+            for i_t in range(tl.maximum(i_open + 1, i_start), i_to, ROWS):
+                o_t = i_t + tl.arange(0, ROWS)
+                m_row = (o_t < i_to)[:, None] & m_d[None, :]
+                o_row = o_t[:, None] * D + o_d[None, :]
+                b_g = tl.load(grad + o_row, mask=m_row, other=0).to(tl.float32)
+                b_u += tl.sum(b_g, axis=0)
+                if CONFIDENCE != "none":
+                    b_dot = tl.sum(b_g * b_now[None, :], axis=1)
+                    if CONFIDENCE == "of decision":
+                        b_dot = -b_dot
+                    tl.store(p_dots + o_t, b_dot, mask=o_t < i_to)
+                else:
+                    tl.store(p_dots + o_t, tl.zeros([ROWS], tl.float32), mask=o_t < i_to)
+            weight, gate = _opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
+            b_dot = tl.zeros([BLOCK_D], tl.float32)
+            if CONFIDENCE != "none":
+                b_dot += b_g_open * b_now
+            if SMOOTH:
+                is_start = tl.load(starts + i_open) != 0
+                b_change = -tl.where(is_start, 0.0, b_s_before.to(tl.float32))
+                if WEIGH:
+                    b_change += b_z
+                raw = tl.load(p + i_open)
+                b_dot += tl.where((raw < low) | (raw > high), 0.0, b_u * b_change)
+            if (i_open >= i_start) & (i_open < i_to):
+                tl.store(p_dots + i_open, tl.sum(b_dot, axis=0))
+            b_grad_z = b_u * weight if WEIGH else b_u
+            tl.store(grad_z + i_c * D + o_d, b_grad_z.to(grad_z.dtype.element_ty), mask=m_open)
+            b_s = b_s_before
+            i_to = tl.minimum(i_open, i_to)
 
 
 def _block(total: int) -> int:
@@ -374,7 +417,6 @@ def dechunk_fwd(
     z: Tensor,
     p: Tensor,
     chunk: Tensor,
-    slot: Tensor,
     positions: Tensor,
     starts: Tensor,
     residual: Tensor | None,
@@ -406,7 +448,7 @@ def dechunk_fwd(
         z,
         p,
         chunk,
-        slot,
+        positions,
         starts,
         residual,
         states,
@@ -418,13 +460,13 @@ def dechunk_fwd(
 
 
 def expand_fwd(
-    smoothed: Tensor, chunk: Tensor, slot: Tensor, residual: Tensor | None, dtype: torch.dtype
+    smoothed: Tensor, chunk: Tensor, positions: Tensor, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """What the positions receive, (total, dim), from chunks that are smooth already."""
     smoothed, unused = smoothed.contiguous(), smoothed
     options = {"WEIGH": False, "SMOOTH": False, **_limits(None)}
     out, _ = _forward(
-        smoothed, unused, chunk, slot, unused, residual, unused, unused, dtype, False, options
+        smoothed, unused, chunk, positions, unused, residual, unused, unused, dtype, False, options
     )
     return out
 
@@ -433,7 +475,7 @@ def _forward(
     z: Tensor,
     p: Tensor,
     chunk: Tensor,
-    slot: Tensor,
+    positions: Tensor,
     starts: Tensor,
     residual: Tensor | None,
     states: Tensor,
@@ -450,7 +492,7 @@ def _forward(
             z=z,
             p=p,
             chunk=chunk,
-            slot=slot,
+            positions=positions,
             starts=starts,
             residual=z if residual is None else residual.contiguous(),
             states=states,
@@ -459,8 +501,7 @@ def _forward(
             smoothed=smoothed if keep_smoothed else out,
             HAS_RESIDUAL=residual is not None,
             KEEP=keep_smoothed,
-            ROWS=_ROWS_FORWARD,
-            STAGES=_STAGES_FORWARD,
+            ROWS=_ROWS,
             **options,
             **shared,
         )
@@ -473,7 +514,7 @@ def dechunk_bwd(
     smoothed: Tensor,
     p: Tensor,
     chunk: Tensor,
-    slot: Tensor,
+    positions: Tensor,
     starts: Tensor,
     cu_chunks: Tensor,
     *,
@@ -493,11 +534,13 @@ def dechunk_bwd(
     }
     z, p = z.contiguous(), p.float().contiguous()
     grad_z = torch.empty_like(z)
-    return grad_z, _backward(grad, z, smoothed, p, chunk, slot, starts, cu_chunks, grad_z, options)
+    return grad_z, _backward(
+        grad, z, smoothed, p, chunk, positions, starts, cu_chunks, grad_z, options
+    )
 
 
 def expand_bwd(
-    grad: Tensor, smoothed: Tensor, chunk: Tensor, slot: Tensor
+    grad: Tensor, smoothed: Tensor, chunk: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the smoothed chunks and, float32 (total,), of the confidence."""
     smoothed, unused = smoothed.contiguous(), smoothed
@@ -506,7 +549,16 @@ def expand_bwd(
     grad_smoothed = torch.zeros_like(smoothed)
     every_chunk = chunk.new_full((1,), len(smoothed))
     return grad_smoothed, _backward(
-        grad, smoothed, smoothed, unused, chunk, slot, unused, every_chunk, grad_smoothed, options
+        grad,
+        smoothed,
+        smoothed,
+        unused,
+        chunk,
+        positions,
+        unused,
+        every_chunk,
+        grad_smoothed,
+        options,
     )
 
 
@@ -516,7 +568,7 @@ def _backward(
     smoothed: Tensor,
     p: Tensor,
     chunk: Tensor,
-    slot: Tensor,
+    positions: Tensor,
     starts: Tensor,
     cu_chunks: Tensor,
     grad_z: Tensor,
@@ -525,7 +577,7 @@ def _backward(
     grad, total = grad.contiguous(), len(chunk)
     shared, blocks, grid, states, through = _launch(z, total)
     dots = states.new_empty(grid[0] // blocks, total)
-    tensors = {"p": p, "chunk": chunk, "slot": slot, "starts": starts}
+    tensors = {"p": p, "chunk": chunk, "positions": positions, "starts": starts}
     with on_device(z):
         begins_kernel[grid](
             grad=grad,
@@ -534,7 +586,7 @@ def _backward(
             low=options["low"],
             high=options["high"],
             SMOOTH=options["SMOOTH"],
-            ROWS=_ROWS_BACKWARD,
+            ROWS=_ROWS,
             **tensors,
             **shared,
         )
@@ -550,8 +602,7 @@ def _backward(
             B=len(cu_chunks) - 1,
             M=len(z),
             blocks=blocks,
-            ROWS=_ROWS_BACKWARD,
-            STAGES=_STAGES_BACKWARD,
+            ROWS=_ROWS,
             **tensors,
             **options,
             **shared,
