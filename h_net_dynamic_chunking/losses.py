@@ -67,9 +67,10 @@ def ratio_loss(
     """
     if target_ratio <= 1:
         raise ValueError(f"target_ratio must be above 1, got {target_ratio}")
-    real = _real_positions(boundary_mask, probs, mask, cu_seqlens)
+    _check_shapes(boundary_mask, probs, mask)
     if cu_seqlens is not None and mask is None and not per_sequence and soft_boundaries is None:
         return pooled_ratio_loss(boundary_mask, probs, cu_seqlens, target_ratio)
+    real = _real_positions(boundary_mask, mask, cu_seqlens)
 
     def total(values: Tensor) -> Tensor:
         values = values.to(torch.promote_types(values.dtype, torch.float32)).where(real, 0.0)
@@ -107,7 +108,8 @@ def segmentation_statistics(
     >>> float(segmentation_statistics(mask, mask, mask.float()).positions_per_chunk)
     2.0
     """
-    real = _real_positions(boundary_mask, probs, mask, cu_seqlens)
+    _check_shapes(boundary_mask, probs, mask)
+    real = _real_positions(boundary_mask, mask, cu_seqlens)
     p = probs.detach().float().where(real, 0.0)
     wanted = (wanted_boundaries & real).sum().float()
     kept = (boundary_mask & real).sum().float()
@@ -122,18 +124,23 @@ def segmentation_statistics(
     )
 
 
-def _real_positions(
-    boundary_mask: Tensor, probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
-    """bool, of the shape of the others: where a position counts."""
+def _check_shapes(boundary_mask: Tensor, probs: Tensor, mask: Tensor | None) -> None:
     for name, tensor in (("probs", probs), ("mask", mask)):
         if tensor is not None and tensor.shape != boundary_mask.shape:
             raise ValueError(
                 f"{name} must have the shape of boundary_mask, {tuple(boundary_mask.shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
+
+
+def _real_positions(
+    boundary_mask: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """bool, of the shape of the others: where a position counts."""
     real = torch.ones_like(boundary_mask) if mask is None else mask
-    return real if cu_seqlens is None else real & in_some_sequence(cu_seqlens, len(probs))
+    if cu_seqlens is None:
+        return real
+    return real & in_some_sequence(cu_seqlens, len(boundary_mask))
 
 
 def _sum_by_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from h_net_dynamic_chunking.ops.packing import (
     sequence_starts,
     zero_rows_,
 )
+from h_net_dynamic_chunking.ops.registration import operation
 
 
 def boundary_probability(
@@ -107,7 +108,7 @@ def _reciprocal(norm: Tensor) -> Tensor:
     return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
-@torch.library.custom_op("h_net::boundary_probability", mutates_args=())
+@operation("boundary_probability")
 def _boundary_probability(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
     if uses_triton(queries_keys):
         from h_net_dynamic_chunking.ops._triton.boundary import boundary_fwd
@@ -147,7 +148,7 @@ def _(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
     return queries_keys.new_empty(queries_keys.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("h_net::boundary_probability_backward", mutates_args=())
+@operation("boundary_probability_backward")
 def _boundary_probability_backward(
     grad_p: Tensor, queries_keys: Tensor, cu_seqlens: Tensor
 ) -> Tensor:

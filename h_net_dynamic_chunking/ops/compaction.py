@@ -29,6 +29,7 @@ from h_net_dynamic_chunking.ops.packing import (
     sequence_of_position,
     sequence_starts,
 )
+from h_net_dynamic_chunking.ops.registration import operation
 
 
 class Segmentation(NamedTuple):
@@ -197,7 +198,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("h_net::segment", mutates_args=())
+@operation("segment")
 def _segment(
     boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -228,7 +229,7 @@ def _segment(
     return wanted, kept, starts, positions, chunk_of_position, slot_of_position, cu_chunks, sizes
 
 
-@torch.library.custom_op("h_net::trim", mutates_args=())
+@operation("trim")
 def _trim(positions: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The positions of the chunks that there are, and 0, 1, ... for those of the longest."""
     chunks, most = sizes.tolist()  # the one host read of a stage
@@ -273,7 +274,7 @@ def _(
     )
 
 
-@torch.library.custom_op("h_net::gather_rows", mutates_args=())
+@operation("gather_rows")
 def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     if x.element_size() <= 8 and uses_triton(x, moves_only=True):
         from h_net_dynamic_chunking.ops._triton.gather import gather

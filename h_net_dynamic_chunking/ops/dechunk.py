@@ -24,6 +24,7 @@ from h_net_dynamic_chunking.ops.compaction import Segmentation
 from h_net_dynamic_chunking.ops.ema import _ema, _ema_backward
 from h_net_dynamic_chunking.ops.expansion import _expand, _expand_backward
 from h_net_dynamic_chunking.ops.packing import check_packed, check_same_length, gather_or_zero
+from h_net_dynamic_chunking.ops.registration import operation
 
 
 def dechunk(
@@ -96,7 +97,7 @@ def _gates(probs: Tensor, positions: Tensor, clamp: float | None) -> Tensor:
     return gates if clamp is None else gates.clamp(clamp, 1 - clamp)
 
 
-@torch.library.custom_op("h_net::dechunk", mutates_args=())
+@operation("dechunk")
 def _dechunk(
     z: Tensor,
     probs: Tensor,
@@ -114,7 +115,7 @@ def _dechunk(
 ) -> tuple[Tensor, Tensor]:
     """The result, and the smoothed chunks, which are empty unless `keep_smoothed`."""
     if uses_triton(z):
-        from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_fwd
+        from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
 
         return dechunk_fwd(
             z,
@@ -156,7 +157,7 @@ def _(
     )
 
 
-@torch.library.custom_op("h_net::dechunk_backward", mutates_args=())
+@operation("dechunk_backward")
 def _dechunk_backward(
     grad: Tensor,
     z: Tensor,
@@ -173,7 +174,7 @@ def _dechunk_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and, in float32 (float64 for float64), of the probabilities."""
     if uses_triton(z):
-        from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_bwd
+        from h_net_dynamic_chunking.ops._triton.dechunk_backward import dechunk_bwd
 
         return dechunk_bwd(
             grad,

@@ -36,6 +36,7 @@ from h_net_dynamic_chunking.ops.packing import (
     sequence_starts,
     zero_rows_,
 )
+from h_net_dynamic_chunking.ops.registration import operation
 
 # Between 8 and 64 the time changes little; 16 was the best at 1550 x 512 and near it at 100k x 256.
 _BLOCK = 16
@@ -195,7 +196,7 @@ def _first_chunks(cu_chunks: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return cu_chunks[:-1].clamp(max=total - 1), cu_chunks[1:] > cu_chunks[:-1]
 
 
-@torch.library.custom_op("h_net::ema", mutates_args=())
+@operation("ema")
 def _ema(
     z: Tensor, p: Tensor, cu_chunks: Tensor, state: Tensor | None, weigh_input: bool
 ) -> Tensor:
@@ -224,7 +225,7 @@ def _(z: Tensor, p: Tensor, cu_chunks: Tensor, state: Tensor | None, weigh_input
     return z.new_empty(z.shape)
 
 
-@torch.library.custom_op("h_net::ema_backward", mutates_args=())
+@operation("ema_backward")
 def _ema_backward(
     grad: Tensor,
     z: Tensor,
@@ -295,7 +296,7 @@ def _every_position_a_chunk(cu_chunks: Tensor, chunks: int) -> tuple[Tensor, Ten
 def _ema_on_triton(
     z: Tensor, p: Tensor, cu_chunks: Tensor, state: Tensor | None, weigh_input: bool
 ) -> Tensor:
-    from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_fwd
+    from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
 
     numbers, starts = _every_position_a_chunk(cu_chunks, len(z))
     dtype, p = z.dtype, p.float()
@@ -332,7 +333,7 @@ def _ema_backward_on_triton(
     grad_state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and p; that of the state is written to `grad_state`."""
-    from h_net_dynamic_chunking.ops._triton.dechunk import dechunk_bwd
+    from h_net_dynamic_chunking.ops._triton.dechunk_backward import dechunk_bwd
 
     numbers, starts = _every_position_a_chunk(cu_chunks, len(z))
 

@@ -27,6 +27,7 @@ from h_net_dynamic_chunking.ops.packing import (
     gather_or_zero,
     row_tiles,
 )
+from h_net_dynamic_chunking.ops.registration import operation
 
 
 def expand(
@@ -72,12 +73,12 @@ def expand_step(smoothed: Tensor, residual: Tensor | None = None) -> Tensor:
     return (smoothed.to(dtype) + residual.to(dtype)).to(residual.dtype)
 
 
-@torch.library.custom_op("h_net::expand", mutates_args=())
+@operation("expand")
 def _expand(
     smoothed: Tensor, chunk_of_position: Tensor, confidence: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     if uses_triton(smoothed) and len(chunk_of_position):
-        from h_net_dynamic_chunking.ops._triton.dechunk import expand_fwd
+        from h_net_dynamic_chunking.ops._triton.dechunk_forward import expand_fwd
 
         dtype = smoothed.dtype if residual is None else residual.dtype
         positions = _positions(chunk_of_position, len(smoothed))
@@ -103,13 +104,13 @@ def _(
     return smoothed.new_empty(chunk_of_position.shape[0], smoothed.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("h_net::expand_backward", mutates_args=())
+@operation("expand_backward")
 def _expand_backward(
     grad: Tensor, smoothed: Tensor, chunk_of_position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the smoothed chunks, and of the confidence: <grad_t, s_{chunk of t}>."""
     if uses_triton(smoothed) and len(chunk_of_position):
-        from h_net_dynamic_chunking.ops._triton.dechunk import expand_bwd
+        from h_net_dynamic_chunking.ops._triton.dechunk_backward import expand_bwd
 
         positions = _positions(chunk_of_position, len(smoothed))
         return expand_bwd(grad, smoothed, chunk_of_position.contiguous(), positions)

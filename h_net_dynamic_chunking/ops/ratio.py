@@ -19,6 +19,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype, in_some_sequence
+from h_net_dynamic_chunking.ops.registration import operation
 
 
 def pooled_ratio_loss(
@@ -30,7 +31,7 @@ def pooled_ratio_loss(
     return loss
 
 
-@torch.library.custom_op("h_net::ratio_loss", mutates_args=())
+@operation("ratio_loss")
 def _ratio_loss(
     boundary_mask: Tensor, probs: Tensor, cu_seqlens: Tensor, target_ratio: float
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def _(
     return loss, torch.empty_like(loss)
 
 
-@torch.library.custom_op("h_net::ratio_loss_backward", mutates_args=())
+@operation("ratio_loss_backward")
 def _ratio_loss_backward(grad: Tensor, slope: Tensor, probs: Tensor, cu_seqlens: Tensor) -> Tensor:
     if uses_triton(probs):
         from h_net_dynamic_chunking.ops._triton.ratio import ratio_loss_bwd

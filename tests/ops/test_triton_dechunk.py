@@ -10,7 +10,7 @@ from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
 from tests.support import assert_close, boundaries, cumulative, probabilities, randn
 
-kernels = pytest.importorskip("h_net_dynamic_chunking.ops._triton.dechunk")
+pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic")
 
 
@@ -51,7 +51,10 @@ def test_memory_that_reaches_over_many_blocks() -> None:
 
 
 def test_wider_than_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_BLOCK_D", 4)
+    from h_net_dynamic_chunking.ops._triton import dechunk_backward, dechunk_forward
+
+    for kernels in (dechunk_forward, dechunk_backward):
+        monkeypatch.setattr(kernels, "_BLOCK_D", 4)
     segmentation = segment(boundaries(9, device=DEVICE), cumulative([4, 5], DEVICE))
     z = randn(len(segmentation.boundary_positions), 10)
     assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation), z, probabilities(9))

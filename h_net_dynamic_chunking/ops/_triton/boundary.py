@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import halvings, on_device, power_of_2, sequence_of
+from h_net_dynamic_chunking.ops._triton.common import halvings, launch, power_of_2, sequence_of
 
 
 @triton.jit
@@ -126,52 +126,57 @@ def boundary_bwd_kernel(
             )
 
 
-def _blocks(dim: int) -> dict[str, int]:
-    """A row to a warp, and a row in registers up to 4096 channels."""
+def _blocks(dim: int) -> tuple[dict[str, int], int]:
+    """A row to a warp, and a row in registers up to 4096 channels; and warps."""
     block_d = min(power_of_2(dim), 4096)
-    return {
-        "BLOCK_T": max(1, min(64, 4096 // block_d)),
-        "BLOCK_D": block_d,
-        "num_warps": 4 if block_d <= 2048 else 8,
-    }
+    block_t = max(1, min(64, 4096 // block_d))
+    return {"D": dim, "BLOCK_T": block_t, "BLOCK_D": block_d}, 4 if block_d <= 2048 else 8
 
 
 def boundary_fwd(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
     """p, float32 (total,), of queries and keys (total, 2 * dim)."""
     queries_keys, cu_seqlens = queries_keys.contiguous(), cu_seqlens.contiguous()
-    total, dim, batch = len(queries_keys), queries_keys.shape[1] // 2, len(cu_seqlens) - 1
-    p = torch.empty(total, dtype=torch.float32, device=queries_keys.device)
-    blocks = _blocks(dim)
-    with on_device(p):
-        boundary_fwd_kernel[(triton.cdiv(total, blocks["BLOCK_T"]),)](
-            qk=queries_keys,
-            cu=cu_seqlens,
-            p=p,
-            T=total,
-            B=batch,
-            steps=halvings(batch),
-            D=dim,
-            **blocks,
-        )
+    total, width = queries_keys.shape
+    batch = cu_seqlens.shape[0] - 1
+    p = queries_keys.new_empty(total, dtype=torch.float32)
+    constants, warps = _blocks(width // 2)
+    launch(
+        boundary_fwd_kernel,
+        triton.cdiv(total, constants["BLOCK_T"]),
+        {
+            "qk": queries_keys,
+            "cu": cu_seqlens,
+            "p": p,
+            "T": total,
+            "B": batch,
+            "steps": halvings(batch),
+        },
+        constants,
+        warps,
+    )
     return p
 
 
 def boundary_bwd(grad_p: Tensor, queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The gradient of queries and keys, in their shape and dtype."""
     queries_keys, cu_seqlens = queries_keys.contiguous(), cu_seqlens.contiguous()
-    total, dim, batch = len(queries_keys), queries_keys.shape[1] // 2, len(cu_seqlens) - 1
+    total, width = queries_keys.shape
+    batch = cu_seqlens.shape[0] - 1
     grad = torch.empty_like(queries_keys)
-    blocks = _blocks(dim)
-    with on_device(grad):
-        boundary_bwd_kernel[(triton.cdiv(total + 1, blocks["BLOCK_T"]),)](
-            grad_p=grad_p.contiguous(),
-            qk=queries_keys,
-            cu=cu_seqlens,
-            grad=grad,
-            T=total,
-            B=batch,
-            steps=halvings(batch),
-            D=dim,
-            **blocks,
-        )
+    constants, warps = _blocks(width // 2)
+    launch(
+        boundary_bwd_kernel,
+        triton.cdiv(total + 1, constants["BLOCK_T"]),
+        {
+            "grad_p": grad_p.contiguous(),
+            "qk": queries_keys,
+            "cu": cu_seqlens,
+            "grad": grad,
+            "T": total,
+            "B": batch,
+            "steps": halvings(batch),
+        },
+        constants,
+        warps,
+    )
     return grad

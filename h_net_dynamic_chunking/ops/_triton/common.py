@@ -1,4 +1,4 @@
-"""What the kernels share."""
+"""What the kernels and their launchers share."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# Kernels as Triton compiled them, by everything that they were compiled for.
+_COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
 @triton.jit
@@ -27,11 +30,48 @@ def halvings(batch: int) -> int:
     return batch.bit_length()
 
 
-def on_device(x: Tensor) -> Any:
-    """Launches go to the current device, which need not be that of the tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is not under n."""
     return 1 << (n - 1).bit_length()
+
+
+def launch(
+    kernel: Any,
+    programs: int | tuple[int, int],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """Launch a kernel, straight from what was compiled for such arguments if there is something.
+
+    Triton's own way there, which looks at every argument anew, takes the host 20 to 40 us a launch
+    on the machine of benchmarks/RESULTS.md; the kernels of a forward pass take the GPU 10 to 80.
+
+    Args:
+        kernel: Its integers must not be specialised.
+        programs: Of the grid, whose last dimensions are 1.
+        arguments: Tensors and numbers, in the kernel's order.
+        constants: Those that come after, in the kernel's order.
+        num_warps: Warps of a program.
+    """
+    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
+    values, key, ordinary = arguments.values(), [kernel, num_warps, *constants.values()], True
+    for value in values:
+        if isinstance(value, Tensor):
+            key.append(value.dtype)
+            device = value.device
+            ordinary &= value.data_ptr() % 16 == 0
+        elif type(value) is int:
+            ordinary &= value < 1 << 31
+    key.append(device)
+    compiled = _COMPILED.get(tuple(key)) if ordinary else None
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    with nullcontext() if here else torch.cuda.device(device):
+        if compiled is not None:
+            compiled[grid](*values, *constants.values())
+            return
+        assert [*arguments, *constants] == kernel.arg_names
+        compiled = kernel[grid](*values, **constants, num_warps=num_warps)
+    # The interpreter compiles nothing.
+    if ordinary and compiled is not None:
+        _COMPILED[tuple(key)] = compiled

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import on_device, power_of_2
+from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
 
 # Rows are moved, not computed with: any dtype goes as the integer of its size.
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,15 +35,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     integer = _INTEGER_OF_SIZE[x.element_size()]
     block_d = min(power_of_2(dim), 1024)
     block_m = max(1, min(256, 4096 // block_d))
-    with on_device(x):
-        gather_kernel[(triton.cdiv(rows, block_m), triton.cdiv(dim, block_d))](
-            x=x.view(integer),
-            index=index,
-            out=out.view(integer),
-            M=rows,
-            D=dim,
-            BLOCK_M=block_m,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
+    launch(
+        gather_kernel,
+        (triton.cdiv(rows, block_m), triton.cdiv(dim, block_d)),
+        {"x": x.view(integer), "index": index, "out": out.view(integer), "M": rows},
+        {"D": dim, "BLOCK_M": block_m, "BLOCK_D": block_d},
+        num_warps=4,
+    )
     return out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import on_device
+from h_net_dynamic_chunking.ops._triton.common import launch
 
 _BLOCK = 4096
 
@@ -58,46 +58,56 @@ def ratio_loss_fwd(
     boundaries = torch.empty(blocks, dtype=torch.float32, device=probs.device)
     probability, loss = torch.empty_like(boundaries), boundaries.new_empty(())
     slope = torch.empty_like(loss)
-    with on_device(probs):
-        ratio_sums_kernel[(blocks,)](
-            mask=boundary_mask.contiguous(),
-            p=probs.contiguous(),
-            cu=cu_seqlens,
-            boundaries=boundaries,
-            probability=probability,
-            T=total,
-            B=batch,
-            BLOCK=_BLOCK,
-            num_warps=8,
-        )
-        ratio_loss_kernel[(1,)](
-            boundaries=boundaries,
-            probability=probability,
-            cu=cu_seqlens,
-            loss=loss,
-            slope=slope,
-            T=total,
-            B=batch,
-            blocks=blocks,
-            n=float(target_ratio),
-            BLOCK=256,
-            num_warps=4,
-        )
+    launch(
+        ratio_sums_kernel,
+        blocks,
+        {
+            "mask": boundary_mask.contiguous(),
+            "p": probs.contiguous(),
+            "cu": cu_seqlens,
+            "boundaries": boundaries,
+            "probability": probability,
+            "T": total,
+            "B": batch,
+        },
+        {"BLOCK": _BLOCK},
+        num_warps=8,
+    )
+    launch(
+        ratio_loss_kernel,
+        1,
+        {
+            "boundaries": boundaries,
+            "probability": probability,
+            "cu": cu_seqlens,
+            "loss": loss,
+            "slope": slope,
+            "T": total,
+            "B": batch,
+            "blocks": blocks,
+            "n": float(target_ratio),
+        },
+        {"BLOCK": 256},
+        num_warps=4,
+    )
     return loss, slope
 
 
 def ratio_loss_bwd(grad: Tensor, slope: Tensor, probs: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The gradient of the probabilities: one value at every position of a sequence."""
     grad_p = torch.empty_like(probs, memory_format=torch.contiguous_format)
-    with on_device(probs):
-        ratio_grad_kernel[(triton.cdiv(len(probs), _BLOCK),)](
-            grad=grad,
-            slope=slope,
-            cu=cu_seqlens.contiguous(),
-            grad_p=grad_p,
-            T=len(probs),
-            B=len(cu_seqlens) - 1,
-            BLOCK=_BLOCK,
-            num_warps=8,
-        )
+    launch(
+        ratio_grad_kernel,
+        triton.cdiv(len(probs), _BLOCK),
+        {
+            "grad": grad,
+            "slope": slope,
+            "cu": cu_seqlens.contiguous(),
+            "grad_p": grad_p,
+            "T": len(probs),
+            "B": len(cu_seqlens) - 1,
+        },
+        {"BLOCK": _BLOCK},
+        num_warps=8,
+    )
     return grad_p

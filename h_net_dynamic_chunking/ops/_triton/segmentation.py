@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import halvings, on_device, sequence_of
+from h_net_dynamic_chunking.ops._triton.common import halvings, launch, sequence_of
 
 # 65536 positions make 32 blocks, and a program that adds up the counts of all blocks before it
 # reads 512 of them even where there are a million positions.
@@ -136,60 +136,72 @@ def segment(
     positions = number.new_full((batch * max_chunks,), -1) if limited else torch.empty_like(number)
     cu_chunks, sizes = number.new_empty(batch + 1), number.new_empty(2)
     counts, before = number.new_empty(blocks), number.new_empty(batch)
-    with on_device(number):
-        count_kernel[(blocks,)](
-            mask=boundary_mask,
-            cu=cu,
-            starts=starts,
-            wanted=wanted,
-            counts=counts,
-            T=total,
-            B=batch,
-            steps=steps,
-            BLOCK=_BLOCK,
+    lengths = {"T": total, "B": batch}
+    launch(
+        count_kernel,
+        blocks,
+        {
+            "mask": boundary_mask,
+            "cu": cu,
+            "starts": starts,
+            "wanted": wanted,
+            "counts": counts,
+            **lengths,
+            "steps": steps,
+        },
+        {"BLOCK": _BLOCK},
+        num_warps=8,
+    )
+    launch(
+        number_kernel,
+        blocks,
+        {
+            "wanted": wanted,
+            "counts": counts,
+            "cu": cu,
+            "number": number,
+            "slots": slots,
+            "positions": positions,
+            **lengths,
+        },
+        {"PLACES": not limited, "BLOCK": _BLOCK},
+        num_warps=8,
+    )
+    launch(
+        sequences_kernel,
+        1,
+        {
+            "number": number,
+            "counts": counts,
+            "cu": cu,
+            "before": before,
+            "cu_chunks": cu_chunks,
+            "sizes": sizes,
+            "B": batch,
+            "blocks": blocks,
+            "limit": max_chunks if limited else total,
+        },
+        {"BLOCK": _SEQUENCES},
+        num_warps=4,
+    )
+    if limited:
+        launch(
+            limit_kernel,
+            blocks,
+            {
+                "wanted": wanted,
+                "cu": cu,
+                "before": before,
+                "cu_chunks": cu_chunks,
+                "number": number,
+                "kept": kept,
+                "slots": slots,
+                "positions": positions,
+                **lengths,
+                "steps": steps,
+                "limit": max_chunks,
+            },
+            {"BLOCK": _BLOCK},
             num_warps=8,
         )
-        number_kernel[(blocks,)](
-            wanted=wanted,
-            counts=counts,
-            cu=cu,
-            number=number,
-            slots=slots,
-            positions=positions,
-            T=total,
-            B=batch,
-            PLACES=not limited,
-            BLOCK=_BLOCK,
-            num_warps=8,
-        )
-        sequences_kernel[(1,)](
-            number=number,
-            counts=counts,
-            cu=cu,
-            before=before,
-            cu_chunks=cu_chunks,
-            sizes=sizes,
-            B=batch,
-            blocks=blocks,
-            limit=max_chunks if limited else total,
-            BLOCK=_SEQUENCES,
-            num_warps=4,
-        )
-        if limited:
-            limit_kernel[(blocks,)](
-                wanted=wanted,
-                cu=cu,
-                before=before,
-                cu_chunks=cu_chunks,
-                number=number,
-                kept=kept,
-                slots=slots,
-                positions=positions,
-                T=total,
-                B=batch,
-                steps=steps,
-                limit=max_chunks,
-                BLOCK=_BLOCK,
-                num_warps=8,
-            )
     return wanted, kept, starts, positions, number, slots, cu_chunks, sizes

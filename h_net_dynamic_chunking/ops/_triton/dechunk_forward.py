@@ -1,0 +1,244 @@
+"""Smoothing and expansion forward: read each chunk once, write each position once.
+
+A first version scanned tiles of positions with `tl.associative_scan`; it was bound by its 20
+instructions an element, where a walk over chunks takes one addition and a share of a store.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.walk import (
+    after,
+    block_of_positions,
+    carry,
+    counts,
+    divide,
+    limits,
+    opening,
+    program,
+)
+
+# About 512 blocks; with half of them the GPU is not full, with twice as many the first kernel takes
+# as long again. One warp with 16 bytes a thread takes 256 channels.
+_BLOCKS, _BLOCK_D = 512, 256
+# Positions that are written at a time, and chunks that are looked back over at a time.
+_ROWS, _CHUNKS = 4, 16
+
+
+@triton.jit(do_not_specialize=["T", "block"])
+def ends_kernel(
+    z,
+    p,
+    chunk,
+    positions,
+    starts,
+    states,
+    through,
+    T,
+    block,
+    low,
+    high,
+    WEIGH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
+):
+    """The state at the end of each block if none came in, and how much passes the block."""
+    i_b, i_d, o_d, m_d = program(D, BLOCK_D)
+    i_t = i_b * block
+    # Chunks open in this block from behind `before` up to `i_c`.
+    before = tl.load(chunk + i_t - 1, mask=i_t > 0, other=-1)
+    i_c = tl.load(chunk + tl.minimum(i_t + block, T) - 1)
+    o_back = tl.arange(0, CHUNKS)
+    b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
+    # Nothing passes into the tail.
+    weight = tl.where(i_c >= 0, 1.0, 0.0)
+    while (i_c > before) & counts(weight, NEGLIGIBLE):
+        o_c = i_c - o_back
+        m_c = o_c > before
+        o_open = tl.load(positions + o_c, mask=m_c, other=0)
+        b_p, b_gate = opening(p, starts, o_open, m_c, low, high, True)
+        b_gate = tl.where(m_c, b_gate, 1.0)
+        m_newer = (o_c + 1 > before) & (o_back > 0)
+        o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
+        _, b_newer_gate = opening(p, starts, o_open, m_newer, low, high, True)
+        b_weight = weight * tl.cumprod(tl.where(m_newer, b_newer_gate, 1.0), axis=0)
+        m_counts = m_c & counts(b_weight, NEGLIGIBLE)
+        m_z = m_counts[:, None] & m_d[None, :]
+        b_z = tl.load(z + o_c[:, None] * D + o_d[None, :], mask=m_z, other=0).to(tl.float32)
+        b_share = b_weight * b_p if WEIGH else b_weight
+        b_state += tl.sum(tl.where(m_counts, b_share, 0.0)[:, None] * b_z, axis=0)
+        weight = tl.sum(tl.where(o_back == CHUNKS - 1, b_weight * b_gate, 0.0))
+        i_c -= CHUNKS
+    tl.store(states + i_b * D + o_d, b_state, mask=m_d)
+    if i_d == 0:
+        tl.store(through + i_b, tl.where(counts(weight, NEGLIGIBLE), weight, 0.0))
+
+
+@triton.jit
+def _store_rows(
+    out,
+    residual,
+    i_from,
+    i_to,
+    b_row,
+    o_d,
+    m_d,
+    D,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The row, plus the residual, to positions i_from .. i_to."""
+    for i_t in range(i_from, i_to, ROWS):
+        o_t = i_t + tl.arange(0, ROWS)
+        m_row = (o_t < i_to)[:, None] & m_d[None, :]
+        o_row = o_t[:, None] * D + o_d[None, :]
+        b_out = tl.broadcast_to(b_row[None, :], [ROWS, b_row.shape[0]])
+        if HAS_RESIDUAL:
+            b_out += tl.load(residual + o_row, mask=m_row, other=0).to(tl.float32)
+        tl.store(out + o_row, b_out.to(out.dtype.element_ty), mask=m_row)
+
+
+@triton.jit(do_not_specialize=["T", "block"])
+def dechunk_fwd_kernel(
+    z,
+    p,
+    chunk,
+    positions,
+    starts,
+    residual,
+    states,
+    through,
+    out,
+    smoothed,
+    T,
+    block,
+    low,
+    high,
+    WEIGH: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
+):
+    i_b, _, o_d, m_d = program(D, BLOCK_D)
+    i_start, i_stop, i_first, i_last = block_of_positions(chunk, i_b, T, block)
+    b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if i_first >= 0:
+        if SMOOTH:
+            b_state = carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
+        else:
+            b_state = tl.load(z + i_first * D + o_d, mask=m_d, other=0).to(tl.float32)
+        i_open = tl.load(positions + i_first)
+        b_z = tl.load(z + i_first * D + o_d, mask=m_d, other=0)
+        for i_c in range(i_first, i_last + 1):
+            # The next chunk is on its way while this one is written.
+            i_ahead = tl.minimum(i_c + 1, i_last)
+            i_next = tl.load(positions + i_ahead)
+            b_next_z = tl.load(z + i_ahead * D + o_d, mask=m_d, other=0)
+            if i_open >= i_start:
+                weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
+                b_x = b_z.to(tl.float32)
+                if WEIGH:
+                    b_x *= weight
+                b_state = after(b_x, gate, b_state)
+                if KEEP:
+                    b_kept = b_state.to(smoothed.dtype.element_ty)
+                    tl.store(smoothed + i_c * D + o_d, b_kept, mask=m_d)
+            i_from = tl.maximum(i_open, i_start)
+            i_to = tl.where(i_c < i_last, i_next, i_stop)
+            _store_rows(out, residual, i_from, i_to, b_state, o_d, m_d, D, HAS_RESIDUAL, ROWS)
+            i_open = i_next
+            b_z = b_next_z
+    b_none = tl.zeros([BLOCK_D], dtype=tl.float32)
+    i_end = tl.minimum(i_start + block, T)
+    _store_rows(out, residual, i_stop, i_end, b_none, o_d, m_d, D, HAS_RESIDUAL, ROWS)
+
+
+def dechunk_fwd(
+    z: Tensor,
+    p: Tensor,
+    chunk: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    weigh_input: bool,
+    clamp: float | None,
+    keep_smoothed: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the positions receive, (total, dim), and the smoothed chunks or (0, dim)."""
+    return _forward(
+        z, p, chunk, positions, starts, residual, dtype, weigh_input, True, clamp, keep_smoothed
+    )
+
+
+def expand_fwd(
+    smoothed: Tensor, chunk: Tensor, positions: Tensor, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What the positions receive, (total, dim), from chunks that are smooth already."""
+    unused = smoothed
+    return _forward(
+        smoothed, unused, chunk, positions, unused, residual, dtype, False, False, None, False
+    )[0]
+
+
+def _forward(
+    z: Tensor,
+    p: Tensor,
+    chunk: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    weigh_input: bool,
+    smooth: bool,
+    clamp: float | None,
+    keep_smoothed: bool,
+) -> tuple[Tensor, Tensor]:
+    z, p = z.contiguous(), p.float().contiguous()
+    total, dim = chunk.shape[0], z.shape[1]
+    walk = divide(z, total, _BLOCKS, _BLOCK_D)
+    tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
+    passed = {"states": walk.states, "through": walk.through}
+    numbers = {"T": total, "block": walk.block, **limits(clamp)}
+    if smooth:
+        launch(
+            ends_kernel,
+            walk.programs,
+            {**tensors, **passed, **numbers},
+            {"WEIGH": weigh_input, "CHUNKS": _CHUNKS, **walk.constants},
+            num_warps=1,
+        )
+    out = z.new_empty(total, dim, dtype=dtype)
+    smoothed = torch.empty_like(z) if keep_smoothed else z.new_empty(0, dim)
+    launch(
+        dechunk_fwd_kernel,
+        walk.programs,
+        {
+            **tensors,
+            "residual": z if residual is None else residual.contiguous(),
+            **passed,
+            "out": out,
+            "smoothed": smoothed,
+            **numbers,
+        },
+        {
+            "WEIGH": weigh_input,
+            "SMOOTH": smooth,
+            "HAS_RESIDUAL": residual is not None,
+            "KEEP": keep_smoothed,
+            "ROWS": _ROWS,
+            **walk.constants,
+        },
+        num_warps=1,
+    )
+    return out, smoothed
