@@ -59,9 +59,12 @@ def begins_kernel(
     i_from, i_stop, i_c, i_last = block_of_positions(chunk, i_b, T, block)
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
     weight = tl.where(i_c >= 0, 1.0, 0.0)
+    i_next = tl.load(positions + tl.minimum(i_c + 1, i_last), mask=i_c >= 0, other=0)
     while (i_c <= i_last) & counts(weight, NEGLIGIBLE):
+        # Where the chunk after the next opens: on its way while this one is summed.
+        i_after = tl.load(positions + tl.minimum(i_c + 2, i_last))
         is_inner = i_c < i_last
-        i_next = tl.load(positions + i_c + 1, mask=is_inner, other=0)
+        _, gate = opening(p, starts, i_next, is_inner, low, high, SMOOTH)
         i_to = tl.where(is_inner, i_next, i_stop)
         b_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
         for i_t in range(i_from, i_to, ROWS):
@@ -70,9 +73,8 @@ def begins_kernel(
             b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
             b_sum += tl.sum(b_g.to(tl.float32), axis=0)
         b_state += weight * b_sum
-        _, gate = opening(p, starts, i_next, is_inner, low, high, SMOOTH)
         weight *= tl.where(is_inner, gate, 1.0)
-        i_from = i_next
+        i_from, i_next = i_next, i_after
         i_c += 1
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
@@ -126,9 +128,11 @@ def dechunk_bwd_kernel(
         gate = _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
         i_to = i_stop
         b_s = tl.load(smoothed + i_last * D + o_d, mask=m_d, other=0)
+        i_open = tl.load(positions + i_last)
         for i_back in range(0, i_last - i_first + 1):
             i_c = i_last - i_back
-            i_open = tl.load(positions + i_c)
+            # Where the next one opens: on its way while this one is summed.
+            i_before = tl.load(positions + tl.maximum(i_c - 1, 0))
             # Here the chunk opens, unless an earlier block has done that, or it has no positions.
             b_open = tl.zeros_like(o_d) + i_open
             m_open = m_d & (b_open >= i_start) & (b_open < i_to)
@@ -137,6 +141,7 @@ def dechunk_bwd_kernel(
             b_z = tl.load(z + i_c * D + o_d, mask=m_open, other=0).to(tl.float32)
             b_now = b_s.to(tl.float32)
             b_u = after(b_g_open, gate, b_u)
+            weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
             for i_t in range(tl.maximum(i_open + 1, i_start), i_to, ROWS):
                 o_t = i_t + tl.arange(0, ROWS)
                 m_row = (o_t < i_to)[:, None] & m_d[None, :]
@@ -150,7 +155,6 @@ def dechunk_bwd_kernel(
                     tl.store(p_dots + o_t, b_dot, mask=o_t < i_to)
                 else:
                     tl.store(p_dots + o_t, tl.zeros([ROWS], tl.float32), mask=o_t < i_to)
-            weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
             b_dot = tl.zeros([BLOCK_D], tl.float32)
             if CONFIDENCE != "none":
                 b_dot += b_g_open * b_now
@@ -167,6 +171,7 @@ def dechunk_bwd_kernel(
             tl.store(grad_z + i_c * D + o_d, b_grad_z.to(grad_z.dtype.element_ty), mask=m_open)
             b_s = b_s_before
             i_to = tl.minimum(i_open, i_to)
+            i_open = i_before
 
 
 def dechunk_bwd(

@@ -136,15 +136,16 @@ def dechunk_fwd_kernel(
             b_state = carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
         else:
             b_state = tl.load(z + i_first * D + o_d, mask=m_d, other=0).to(tl.float32)
+        # What a chunk needs is loaded while the one before it is written, its position before that.
         i_open = tl.load(positions + i_first)
+        i_next = tl.load(positions + tl.minimum(i_first + 1, i_last))
+        weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
         b_z = tl.load(z + i_first * D + o_d, mask=m_d, other=0)
         for i_c in range(i_first, i_last + 1):
-            # The next chunk is on its way while this one is written.
-            i_ahead = tl.minimum(i_c + 1, i_last)
-            i_next = tl.load(positions + i_ahead)
-            b_next_z = tl.load(z + i_ahead * D + o_d, mask=m_d, other=0)
+            i_after = tl.load(positions + tl.minimum(i_c + 2, i_last))
+            next_weight, next_gate = opening(p, starts, i_next, i_next >= 0, low, high, SMOOTH)
+            b_next_z = tl.load(z + tl.minimum(i_c + 1, i_last) * D + o_d, mask=m_d, other=0)
             if i_open >= i_start:
-                weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
                 b_x = b_z.to(tl.float32)
                 if WEIGH:
                     b_x *= weight
@@ -155,8 +156,8 @@ def dechunk_fwd_kernel(
             i_from = tl.maximum(i_open, i_start)
             i_to = tl.where(i_c < i_last, i_next, i_stop)
             _store_rows(out, residual, i_from, i_to, b_state, o_d, m_d, D, HAS_RESIDUAL, ROWS)
-            i_open = i_next
-            b_z = b_next_z
+            i_open, i_next, b_z = i_next, i_after, b_next_z
+            weight, gate = next_weight, next_gate
     b_none = tl.zeros([BLOCK_D], dtype=tl.float32)
     i_end = tl.minimum(i_start + block, T)
     _store_rows(out, residual, i_stop, i_end, b_none, o_d, m_d, D, HAS_RESIDUAL, ROWS)
