@@ -189,13 +189,13 @@ class Case:
             "dechunk": (
                 positions + chunks + 21 * total,
                 lambda: OPS.dechunk(
-                    self.z, self.probs, *self.indices, None, dtype, True, True, None, False
+                    self.z, self.probs, *self.indices, None, dtype, True, True, None, False, True
                 ),
             ),
             "dechunk, to train": (
                 positions + 2 * chunks + 21 * total,
                 lambda: OPS.dechunk(
-                    self.z, self.probs, *self.indices, None, dtype, True, True, None, True
+                    self.z, self.probs, *self.indices, None, dtype, True, True, None, True, True
                 ),
             ),
             "dechunk backward": (

@@ -249,7 +249,8 @@ class DynamicSequenceChunker(nn.Module):
         segmentation = pending.finish()
         chunks = self._downsample(packed, probs, segmentation, layout.cu_seqlens)
         chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
-        record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, loss)
+        given = boundary_mask is not None
+        record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, loss, given)
 
         def upsample(inner: Any, apply_scale: bool = True) -> Tensor:
             return self._upsample(inner, record, apply_scale)
@@ -346,6 +347,7 @@ class DynamicSequenceChunker(nn.Module):
             weigh_input=not self.multiply_by_prob,
             clamp=self.smoothing_clamp,
             dtype=tokens.dtype,
+            short_memory=self.boundary_threshold >= 0.5 and not record.boundaries_given,
         )
         out = _scale_gradient(out, self.learning_rate_difference)
         return record.layout.unpack(out)

@@ -30,6 +30,8 @@ class Intermediates:
     """float32 (total,), float64 for float64 tokens: boundary probabilities, with gradient."""
     aux_ratio_loss: Tensor
     """float32 scalar (float64 for float64 tokens): the ratio loss before its weight."""
+    boundaries_given: bool = False
+    """Whether the caller gave the boundaries, which then may stand where p is small."""
     outer: "Intermediates | None" = None
     """The record of the stage around this one; None for the outermost."""
 

@@ -37,6 +37,7 @@ def dechunk(
     weigh_input: bool = True,
     clamp: float | None = None,
     dtype: torch.dtype | None = None,
+    short_memory: bool = False,
 ) -> Tensor:
     """Smooth the chunks and repeat them over their positions; the contract is at the top.
 
@@ -49,6 +50,8 @@ def dechunk(
         weigh_input: As in `ema_smooth`.
         clamp: The smoothing, and nothing else, clamps P to [clamp, 1 - clamp].
         dtype: Of the result; by default that of the residual, else of z.
+        short_memory: Say that every P is above a half, as a router's are, so that the memory
+            fades within some twenty chunks. It is a matter of speed only.
 
     Raises:
         ValueError: shapes or dtypes off the contract.
@@ -87,6 +90,7 @@ def dechunk(
         weigh_input,
         clamp,
         needs_grad,
+        short_memory,
     )
     return out
 
@@ -112,6 +116,7 @@ def _dechunk(
     weigh_input: bool,
     clamp: float | None,
     keep_smoothed: bool,
+    short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the smoothed chunks, which are empty unless `keep_smoothed`."""
     if uses_triton(z):
@@ -128,6 +133,7 @@ def _dechunk(
             weigh_input=weigh_input,
             clamp=clamp,
             keep_smoothed=keep_smoothed,
+            short_memory=short_memory,
         )
     gates = _gates(probs, positions, clamp)
     smoothed = _ema(z, gates, cu_chunks, None, weigh_input)
@@ -150,6 +156,7 @@ def _(
     weigh_input: bool,
     clamp: float | None,
     keep_smoothed: bool,
+    short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
         z.new_empty(probs.shape[0], z.shape[1], dtype=dtype),
@@ -222,7 +229,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, probs, *indices, residual, _, straight_through, weigh_input, clamp, _ = inputs
+    z, probs, *indices, residual, _, straight_through, weigh_input, clamp, _, _ = inputs
     ctx.options = straight_through, weigh_input, clamp
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.backend = chosen_backend()
@@ -243,7 +250,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
                     grad, z, probs, smoothed, *indices, *ctx.options
                 )
             grad_probs = grad_probs.to(probs.dtype)
-    return grad_z, grad_probs, *[None] * 5, grad_residual, *[None] * 5
+    return grad_z, grad_probs, *[None] * 5, grad_residual, *[None] * 6
 
 
 _dechunk.register_autograd(_backward, setup_context=_setup_context)

@@ -318,6 +318,7 @@ def _ema_on_triton(
         weigh_input=weigh_input,
         clamp=None,
         keep_smoothed=False,
+        short_memory=False,
     )
     return smoothed
 

@@ -22,7 +22,9 @@ def test_dechunk(lens: list[int], share: float) -> None:
     segmentation = segment(boundaries(total, share, device=DEVICE), cumulative(lens, DEVICE))
     z = randn(len(segmentation.boundary_positions), 5)
     assert_kernels_agree(
-        lambda z, p: dechunk(z, p, segmentation), z, probabilities(total).detach() * 0.5 + 0.5
+        lambda z, p: dechunk(z, p, segmentation, short_memory=True),
+        z,
+        probabilities(total).detach() * 0.5 + 0.5,
     )
     assert_kernels_agree(
         lambda z, p, r: dechunk(z, p, segmentation, r), z, probabilities(total), randn(total, 5)
@@ -47,7 +49,10 @@ def test_memory_that_reaches_over_many_blocks() -> None:
     segmentation = segment(boundaries(total, device=DEVICE), cumulative(lens, DEVICE))
     p = (probabilities(total).detach() * 0.01).requires_grad_()
     z = randn(len(segmentation.boundary_positions), 3)
-    assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation), z, p)
+    for short_memory in (False, True):
+        assert_kernels_agree(
+            lambda z, p, s=short_memory: dechunk(z, p, segmentation, short_memory=s), z, p
+        )
 
 
 def test_wider_than_a_program(monkeypatch: pytest.MonkeyPatch) -> None:

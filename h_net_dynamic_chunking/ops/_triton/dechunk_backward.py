@@ -22,7 +22,8 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 )
 
 _BLOCKS, _BLOCK_D = 512, 256
-_ROWS = 4
+# Positions in flight: one warp's, and those of four warps that only add up.
+_ROWS, _ROWS_SUMMED = 8, 32
 
 
 @triton.jit
@@ -56,30 +57,58 @@ def begins_kernel(
 ):
     """What reaches the first position of each block from the block, and how much passes it."""
     i_b, i_d, o_d, m_d = program(D, BLOCK_D)
-    i_from, i_stop, i_c, i_last = block_of_positions(chunk, i_b, T, block)
-    b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
+    i_start, i_stop, i_c, _ = block_of_positions(chunk, i_b, T, block)
+    b_sum = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     weight = tl.where(i_c >= 0, 1.0, 0.0)
-    i_next = tl.load(positions + tl.minimum(i_c + 1, i_last), mask=i_c >= 0, other=0)
-    while (i_c <= i_last) & counts(weight, NEGLIGIBLE):
-        # Where the chunk after the next opens: on its way while this one is summed.
-        i_after = tl.load(positions + tl.minimum(i_c + 2, i_last))
-        is_inner = i_c < i_last
-        _, gate = opening(p, starts, i_next, is_inner, low, high, SMOOTH)
-        i_to = tl.where(is_inner, i_next, i_stop)
-        b_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-        for i_t in range(i_from, i_to, ROWS):
-            o_t = i_t + tl.arange(0, ROWS)
-            m_row = (o_t < i_to)[:, None] & m_d[None, :]
-            b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
-            b_sum += tl.sum(b_g.to(tl.float32), axis=0)
-        b_state += weight * b_sum
-        weight *= tl.where(is_inner, gate, 1.0)
-        i_from, i_next = i_next, i_after
-        i_c += 1
+    i_t = i_start
+    while (i_t < i_stop) & counts(weight, NEGLIGIBLE):
+        o_t = i_t + tl.arange(0, ROWS)
+        m_t = o_t < i_stop
+        m_row = m_t[:, None] & m_d[None, :]
+        b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
+        b_chunk = tl.load(chunk + o_t, mask=m_t, other=0)
+        m_opens = m_t & (tl.load(positions + b_chunk, mask=m_t, other=-1) == o_t)
+        _, b_gate = opening(p, starts, o_t, m_t, low, high, SMOOTH)
+        # The gate in front of the block is not for the block to pass.
+        b_gate = tl.where(m_opens & (o_t > i_start), b_gate, 1.0)
+        b_weight = weight * tl.cumprod(b_gate, axis=0)
+        b_weight = tl.where(m_t & counts(b_weight, NEGLIGIBLE), b_weight, 0.0)
+        # Selected, not only multiplied: a row that is not finite may be of another sequence.
+        b_sum += tl.where(b_weight[:, None] == 0, 0.0, b_weight[:, None] * b_g.to(tl.float32))
+        weight = tl.sum(tl.where(tl.arange(0, ROWS) == ROWS - 1, b_weight, 0.0))
+        i_t += ROWS
+    b_state = tl.sum(b_sum, axis=0)
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
         weight *= _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
         tl.store(through + i_b, tl.where(counts(weight, NEGLIGIBLE), weight, 0.0))
+
+
+@triton.jit
+def _sum_rows(
+    grad,
+    p_dots,
+    i_from,
+    i_to,
+    b_now,
+    o_d,
+    m_d,
+    D: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sum of the gradients of positions that open nothing; their products with the chunk."""
+    o_t = i_from + tl.arange(0, ROWS)
+    m_t = o_t < i_to
+    o_row = o_t[:, None] * D + o_d[None, :]
+    b_g = tl.load(grad + o_row, mask=m_t[:, None] & m_d[None, :], other=0).to(tl.float32)
+    b_dot = tl.zeros([ROWS], tl.float32)
+    if CONFIDENCE != "none":
+        b_dot = tl.sum(b_g * b_now[None, :], axis=1)
+        if CONFIDENCE == "of decision":
+            b_dot = -b_dot
+    tl.store(p_dots + o_t, b_dot, mask=m_t)
+    return tl.sum(b_g, axis=0)
 
 
 @triton.jit(do_not_specialize=["T", "B", "M", "block", "blocks"])
@@ -136,33 +165,26 @@ def dechunk_bwd_kernel(
             # Here the chunk opens, unless an earlier block has done that, or it has no positions.
             b_open = tl.zeros_like(o_d) + i_open
             m_open = m_d & (b_open >= i_start) & (b_open < i_to)
-            b_g_open = tl.load(grad + i_open * D + o_d, mask=m_open, other=0).to(tl.float32)
+            b_g_open = tl.load(grad + i_open * D + o_d, mask=m_open, other=0)
             b_s_before = tl.load(smoothed + tl.maximum(i_c - 1, 0) * D + o_d, mask=m_d, other=0)
-            b_z = tl.load(z + i_c * D + o_d, mask=m_open, other=0).to(tl.float32)
+            b_z = tl.load(z + i_c * D + o_d, mask=m_open, other=0)
             b_now = b_s.to(tl.float32)
-            b_u = after(b_g_open, gate, b_u)
-            weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
-            for i_t in range(tl.maximum(i_open + 1, i_start), i_to, ROWS):
-                o_t = i_t + tl.arange(0, ROWS)
-                m_row = (o_t < i_to)[:, None] & m_d[None, :]
-                o_row = o_t[:, None] * D + o_d[None, :]
-                b_g = tl.load(grad + o_row, mask=m_row, other=0).to(tl.float32)
-                b_u += tl.sum(b_g, axis=0)
-                if CONFIDENCE != "none":
-                    b_dot = tl.sum(b_g * b_now[None, :], axis=1)
-                    if CONFIDENCE == "of decision":
-                        b_dot = -b_dot
-                    tl.store(p_dots + o_t, b_dot, mask=o_t < i_to)
-                else:
-                    tl.store(p_dots + o_t, tl.zeros([ROWS], tl.float32), mask=o_t < i_to)
+            weight, next_gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
+            # The first rows are on their way together with the rest of what the chunk needs.
+            i_rest = tl.maximum(i_open + 1, i_start)
+            b_sum = _sum_rows(grad, p_dots, i_rest, i_to, b_now, o_d, m_d, D, CONFIDENCE, ROWS)
+            for i_t in range(i_rest + ROWS, i_to, ROWS):
+                b_sum += _sum_rows(grad, p_dots, i_t, i_to, b_now, o_d, m_d, D, CONFIDENCE, ROWS)
+            b_u = after(b_g_open.to(tl.float32) + b_sum, gate, b_u)
+            gate = next_gate
             b_dot = tl.zeros([BLOCK_D], tl.float32)
             if CONFIDENCE != "none":
-                b_dot += b_g_open * b_now
+                b_dot += b_g_open.to(tl.float32) * b_now
             if SMOOTH:
                 is_start = tl.load(starts + i_open) != 0
                 b_change = -tl.where(is_start, 0.0, b_s_before.to(tl.float32))
                 if WEIGH:
-                    b_change += b_z
+                    b_change += b_z.to(tl.float32)
                 raw = tl.load(p + i_open)
                 b_dot += tl.where((raw < low) | (raw > high), 0.0, b_u * b_change)
             if (i_open >= i_start) & (i_open < i_to):
@@ -256,8 +278,8 @@ def _backward(
         begins_kernel,
         walk.programs,
         {"grad": grad, **tensors, **passed, "T": total, "block": walk.block, **clamped},
-        {"SMOOTH": options["SMOOTH"], "ROWS": _ROWS, **walk.constants},
-        num_warps=1,
+        {"SMOOTH": options["SMOOTH"], "ROWS": _ROWS_SUMMED, **walk.constants},
+        num_warps=4,
     )
     launch(
         dechunk_bwd_kernel,

@@ -25,7 +25,49 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 # as long again. One warp with 16 bytes a thread takes 256 channels.
 _BLOCKS, _BLOCK_D = 512, 256
 # Positions that are written at a time, and chunks that are looked back over at a time.
-_ROWS, _CHUNKS = 4, 16
+_ROWS, _CHUNKS = 4, 32
+
+
+@triton.jit
+def _look_back(
+    z,
+    p,
+    positions,
+    starts,
+    i_c,
+    before,
+    o_d,
+    m_d,
+    low,
+    high,
+    D: tl.constexpr,
+    WEIGH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    NEGLIGIBLE: tl.constexpr,
+):
+    """The state after chunk i_c from those behind `before`, and how much would pass them all."""
+    o_back = tl.arange(0, CHUNKS)
+    b_state = tl.zeros(o_d.shape, dtype=tl.float32)
+    # Nothing passes into the tail.
+    weight = tl.where(i_c >= 0, 1.0, 0.0)
+    while (i_c > before) & counts(weight, NEGLIGIBLE):
+        o_c = i_c - o_back
+        m_c = o_c > before
+        o_open = tl.load(positions + o_c, mask=m_c, other=0)
+        b_p, b_gate = opening(p, starts, o_open, m_c, low, high, True)
+        b_gate = tl.where(m_c, b_gate, 1.0)
+        m_newer = (o_c + 1 > before) & (o_back > 0)
+        o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
+        _, b_newer_gate = opening(p, starts, o_open, m_newer, low, high, True)
+        b_weight = weight * tl.cumprod(tl.where(m_newer, b_newer_gate, 1.0), axis=0)
+        m_counts = m_c & counts(b_weight, NEGLIGIBLE)
+        m_z = m_counts[:, None] & m_d[None, :]
+        b_z = tl.load(z + o_c[:, None] * D + o_d[None, :], mask=m_z, other=0).to(tl.float32)
+        b_share = b_weight * b_p if WEIGH else b_weight
+        b_state += tl.sum(tl.where(m_counts, b_share, 0.0)[:, None] * b_z, axis=0)
+        weight = tl.sum(tl.where(o_back == CHUNKS - 1, b_weight * b_gate, 0.0))
+        i_c -= CHUNKS
+    return b_state, weight
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -53,27 +95,9 @@ def ends_kernel(
     # Chunks open in this block from behind `before` up to `i_c`.
     before = tl.load(chunk + i_t - 1, mask=i_t > 0, other=-1)
     i_c = tl.load(chunk + tl.minimum(i_t + block, T) - 1)
-    o_back = tl.arange(0, CHUNKS)
-    b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
-    # Nothing passes into the tail.
-    weight = tl.where(i_c >= 0, 1.0, 0.0)
-    while (i_c > before) & counts(weight, NEGLIGIBLE):
-        o_c = i_c - o_back
-        m_c = o_c > before
-        o_open = tl.load(positions + o_c, mask=m_c, other=0)
-        b_p, b_gate = opening(p, starts, o_open, m_c, low, high, True)
-        b_gate = tl.where(m_c, b_gate, 1.0)
-        m_newer = (o_c + 1 > before) & (o_back > 0)
-        o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
-        _, b_newer_gate = opening(p, starts, o_open, m_newer, low, high, True)
-        b_weight = weight * tl.cumprod(tl.where(m_newer, b_newer_gate, 1.0), axis=0)
-        m_counts = m_c & counts(b_weight, NEGLIGIBLE)
-        m_z = m_counts[:, None] & m_d[None, :]
-        b_z = tl.load(z + o_c[:, None] * D + o_d[None, :], mask=m_z, other=0).to(tl.float32)
-        b_share = b_weight * b_p if WEIGH else b_weight
-        b_state += tl.sum(tl.where(m_counts, b_share, 0.0)[:, None] * b_z, axis=0)
-        weight = tl.sum(tl.where(o_back == CHUNKS - 1, b_weight * b_gate, 0.0))
-        i_c -= CHUNKS
+    b_state, weight = _look_back(
+        z, p, positions, starts, i_c, before, o_d, m_d, low, high, D, WEIGH, CHUNKS, NEGLIGIBLE
+    )
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
         tl.store(through + i_b, tl.where(counts(weight, NEGLIGIBLE), weight, 0.0))
@@ -123,6 +147,7 @@ def dechunk_fwd_kernel(
     SMOOTH: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     KEEP: tl.constexpr,
+    LOOKS_BACK: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -132,7 +157,12 @@ def dechunk_fwd_kernel(
     i_start, i_stop, i_first, i_last = block_of_positions(chunk, i_b, T, block)
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
     if i_first >= 0:
-        if SMOOTH:
+        if LOOKS_BACK:
+            i_c = tl.load(chunk + i_start - 1, mask=i_start > 0, other=-1)
+            b_state, _ = _look_back(
+                z, p, positions, starts, i_c, -1, o_d, m_d, low, high, D, WEIGH, 8, NEGLIGIBLE
+            )
+        elif SMOOTH:
             b_state = carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
         else:
             b_state = tl.load(z + i_first * D + o_d, mask=m_d, other=0).to(tl.float32)
@@ -175,10 +205,26 @@ def dechunk_fwd(
     weigh_input: bool,
     clamp: float | None,
     keep_smoothed: bool,
+    short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What the positions receive, (total, dim), and the smoothed chunks or (0, dim)."""
+    """What the positions receive, (total, dim), and the smoothed chunks or (0, dim).
+
+    With `short_memory` each block looks back over the chunks themselves, which saves a kernel, and
+    is as exact, but slow where no P is large.
+    """
     return _forward(
-        z, p, chunk, positions, starts, residual, dtype, weigh_input, True, clamp, keep_smoothed
+        z,
+        p,
+        chunk,
+        positions,
+        starts,
+        residual,
+        dtype,
+        weigh_input=weigh_input,
+        smooth=True,
+        clamp=clamp,
+        keep_smoothed=keep_smoothed,
+        short_memory=short_memory,
     )
 
 
@@ -188,7 +234,18 @@ def expand_fwd(
     """What the positions receive, (total, dim), from chunks that are smooth already."""
     unused = smoothed
     return _forward(
-        smoothed, unused, chunk, positions, unused, residual, dtype, False, False, None, False
+        smoothed,
+        unused,
+        chunk,
+        positions,
+        unused,
+        residual,
+        dtype,
+        False,
+        False,
+        None,
+        False,
+        False,
     )[0]
 
 
@@ -200,10 +257,12 @@ def _forward(
     starts: Tensor,
     residual: Tensor | None,
     dtype: torch.dtype,
+    *,
     weigh_input: bool,
     smooth: bool,
     clamp: float | None,
     keep_smoothed: bool,
+    short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     z, p = z.contiguous(), p.float().contiguous()
     total, dim = chunk.shape[0], z.shape[1]
@@ -211,13 +270,13 @@ def _forward(
     tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
     passed = {"states": walk.states, "through": walk.through}
     numbers = {"T": total, "block": walk.block, **limits(clamp)}
-    if smooth:
+    if smooth and not short_memory:
         launch(
             ends_kernel,
             walk.programs,
             {**tensors, **passed, **numbers},
             {"WEIGH": weigh_input, "CHUNKS": _CHUNKS, **walk.constants},
-            num_warps=1,
+            num_warps=4,
         )
     out = z.new_empty(total, dim, dtype=dtype)
     smoothed = torch.empty_like(z) if keep_smoothed else z.new_empty(0, dim)
@@ -237,6 +296,7 @@ def _forward(
             "SMOOTH": smooth,
             "HAS_RESIDUAL": residual is not None,
             "KEEP": keep_smoothed,
+            "LOOKS_BACK": short_memory,
             "ROWS": _ROWS,
             **walk.constants,
         },
