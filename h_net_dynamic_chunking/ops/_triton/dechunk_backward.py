@@ -57,7 +57,7 @@ def begins_kernel(
 ):
     """What reaches the first position of each block from the block, and how much passes it."""
     i_b, i_d, o_d, m_d = program(D, BLOCK_D)
-    i_start, i_stop, i_c, _ = block_of_positions(chunk, i_b, T, block)
+    i_start, i_stop, i_c, _i_last = block_of_positions(chunk, i_b, T, block)
     b_sum = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     weight = tl.where(i_c >= 0, 1.0, 0.0)
     i_t = i_start
@@ -68,7 +68,7 @@ def begins_kernel(
         b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
         b_chunk = tl.load(chunk + o_t, mask=m_t, other=0)
         m_opens = m_t & (tl.load(positions + b_chunk, mask=m_t, other=-1) == o_t)
-        _, b_gate = opening(p, starts, o_t, m_t, low, high, SMOOTH)
+        _b_p, b_gate = opening(p, starts, o_t, m_t, low, high, SMOOTH)
         # The gate in front of the block is not for the block to pass.
         b_gate = tl.where(m_opens & (o_t > i_start), b_gate, 1.0)
         b_weight = weight * tl.cumprod(b_gate, axis=0)

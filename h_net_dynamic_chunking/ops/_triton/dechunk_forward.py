@@ -159,7 +159,7 @@ def dechunk_fwd_kernel(
     if i_first >= 0:
         if LOOKS_BACK:
             i_c = tl.load(chunk + i_start - 1, mask=i_start > 0, other=-1)
-            b_state, _ = _look_back(
+            b_state, _passed = _look_back(
                 z, p, positions, starts, i_c, -1, o_d, m_d, low, high, D, WEIGH, 8, NEGLIGIBLE
             )
         elif SMOOTH:
