@@ -122,7 +122,7 @@ class _HostRead:
         if sizes.is_cuda and not torch.compiler.is_compiling():
             # Into pinned memory, behind what is queued so far and before what will be.
             self.sizes = sizes.to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
             self._event.record()
 
     def wait(self) -> list[int]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("h_net", "FRAGMENT")
+# torch's own signatures in this module carry no types.
+_LIBRARY: Any = torch.library.Library("h_net", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class Operation:

@@ -71,7 +71,8 @@ def launch(
             compiled[grid](*values, *constants.values())
             return
         assert [*arguments, *constants] == kernel.arg_names
-        compiled = kernel[grid](*values, **constants, num_warps=num_warps)
+        # Products and sums may fuse, which versions of Triton differ about by default.
+        compiled = kernel[grid](*values, **constants, num_warps=num_warps, enable_fp_fusion=True)
     # The interpreter compiles nothing.
     if ordinary and compiled is not None:
         _COMPILED[tuple(key)] = compiled

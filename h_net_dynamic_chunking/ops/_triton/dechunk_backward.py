@@ -22,8 +22,8 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 )
 
 _BLOCKS, _BLOCK_D = 512, 256
-# Positions in flight: one warp's, and those of four warps that only add up.
-_ROWS, _ROWS_SUMMED = 8, 32
+# Positions in flight at a time; 8 need the registers that the other half of the programs has.
+_ROWS = 4
 
 
 @triton.jit
@@ -57,27 +57,26 @@ def begins_kernel(
 ):
     """What reaches the first position of each block from the block, and how much passes it."""
     i_b, i_d, o_d, m_d = program(D, BLOCK_D)
-    i_start, i_stop, i_c, _i_last = block_of_positions(chunk, i_b, T, block)
-    b_sum = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    i_from, i_stop, i_c, i_last = block_of_positions(chunk, i_b, T, block)
+    b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
     weight = tl.where(i_c >= 0, 1.0, 0.0)
-    i_t = i_start
-    while (i_t < i_stop) & counts(weight, NEGLIGIBLE):
-        o_t = i_t + tl.arange(0, ROWS)
-        m_t = o_t < i_stop
-        m_row = m_t[:, None] & m_d[None, :]
-        b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
-        b_chunk = tl.load(chunk + o_t, mask=m_t, other=0)
-        m_opens = m_t & (tl.load(positions + b_chunk, mask=m_t, other=-1) == o_t)
-        _b_p, b_gate = opening(p, starts, o_t, m_t, low, high, SMOOTH)
-        # The gate in front of the block is not for the block to pass.
-        b_gate = tl.where(m_opens & (o_t > i_start), b_gate, 1.0)
-        b_weight = weight * tl.cumprod(b_gate, axis=0)
-        b_weight = tl.where(m_t & counts(b_weight, NEGLIGIBLE), b_weight, 0.0)
-        # Selected, not only multiplied: a row that is not finite may be of another sequence.
-        b_sum += tl.where(b_weight[:, None] == 0, 0.0, b_weight[:, None] * b_g.to(tl.float32))
-        weight = tl.sum(tl.where(tl.arange(0, ROWS) == ROWS - 1, b_weight, 0.0))
-        i_t += ROWS
-    b_state = tl.sum(b_sum, axis=0)
+    i_next = tl.load(positions + tl.minimum(i_c + 1, i_last), mask=i_c >= 0, other=0)
+    while (i_c <= i_last) & counts(weight, NEGLIGIBLE):
+        # Where the chunk after the next opens: on its way while this one is summed.
+        i_after = tl.load(positions + tl.minimum(i_c + 2, i_last))
+        is_inner = i_c < i_last
+        _, gate = opening(p, starts, i_next, is_inner, low, high, SMOOTH)
+        i_to = tl.where(is_inner, i_next, i_stop)
+        b_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for i_t in range(i_from, i_to, ROWS):
+            o_t = i_t + tl.arange(0, ROWS)
+            m_row = (o_t < i_to)[:, None] & m_d[None, :]
+            b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
+            b_sum += tl.sum(b_g.to(tl.float32), axis=0)
+        b_state += weight * b_sum
+        weight *= tl.where(is_inner, gate, 1.0)
+        i_from, i_next = i_next, i_after
+        i_c += 1
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
         weight *= _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
@@ -278,8 +277,8 @@ def _backward(
         begins_kernel,
         walk.programs,
         {"grad": grad, **tensors, **passed, "T": total, "block": walk.block, **clamped},
-        {"SMOOTH": options["SMOOTH"], "ROWS": _ROWS_SUMMED, **walk.constants},
-        num_warps=4,
+        {"SMOOTH": options["SMOOTH"], "ROWS": _ROWS, **walk.constants},
+        num_warps=1,
     )
     launch(
         dechunk_bwd_kernel,

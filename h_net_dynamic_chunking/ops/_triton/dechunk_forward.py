@@ -233,7 +233,7 @@ def expand_fwd(
 ) -> Tensor:
     """What the positions receive, (total, dim), from chunks that are smooth already."""
     unused = smoothed
-    return _forward(
+    out, _ = _forward(
         smoothed,
         unused,
         chunk,
@@ -241,12 +241,13 @@ def expand_fwd(
         unused,
         residual,
         dtype,
-        False,
-        False,
-        None,
-        False,
-        False,
-    )[0]
+        weigh_input=False,
+        smooth=False,
+        clamp=None,
+        keep_smoothed=False,
+        short_memory=False,
+    )
+    return out
 
 
 def _forward(

@@ -123,7 +123,7 @@ def limit_kernel(
 
 def segment(
     boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of the operation `h_net::segment`."""
     boundary_mask, cu = boundary_mask.contiguous(), cu_seqlens.contiguous()
     total, batch = len(boundary_mask), len(cu) - 1

@@ -1,0 +1,111 @@
+"""Compiles every kernel, as its launcher would launch it, for an H100; needs no GPU.
+
+The interpreter runs a kernel as Python, where a name may change its type and nothing is checked
+before it runs. The launchers are called on CPU tensors with `launch` replaced.
+
+    python -m tests.ops.compile_kernels
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from h_net_dynamic_chunking.ops import segment
+from h_net_dynamic_chunking.ops._triton import (
+    boundary,
+    dechunk_backward,
+    dechunk_forward,
+    gather,
+    ratio,
+    segmentation,
+)
+
+_TYPES = {
+    torch.bool: "*i1",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+
+
+def main() -> None:
+    compiled: list[str] = []
+
+    def launch(
+        kernel: Any, programs: Any, arguments: dict[str, Any], constants: Any, num_warps: int
+    ) -> None:
+        assert [*arguments, *constants] == kernel.arg_names
+        signature = {name: _type(value) for name, value in arguments.items()}
+        signature |= dict.fromkeys(constants, "constexpr")
+        target = GPUTarget("cuda", 90, 32)
+        source = ASTSource(kernel, signature, constants)
+        triton.compile(
+            source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True}
+        )
+        compiled.append(kernel.__name__)
+
+    for module in (boundary, dechunk_backward, dechunk_forward, gather, ratio, segmentation):
+        module.launch = launch
+    call_launchers()
+    print(len(set(compiled)), "kernels")
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def call_launchers() -> None:
+    """Once each, in bfloat16, with every option that adds code."""
+    total, dim = 100, 300
+    cu_seqlens, mask = torch.tensor([0, 40, total]), torch.rand(total) < 0.5
+    x, pairs = torch.randn(total, dim).bfloat16(), torch.randn(total, 2 * dim).bfloat16()
+    p, s = torch.rand(total), segment(mask, cu_seqlens)
+    z = torch.randn(len(s.boundary_positions), dim).bfloat16()
+    boundary.boundary_fwd(pairs, cu_seqlens)
+    boundary.boundary_bwd(p, pairs, cu_seqlens)
+    segmentation.segment(mask, cu_seqlens, None)
+    segmentation.segment(mask, cu_seqlens.int(), 7)
+    gather.gather(x, s.boundary_positions)
+    ratio.ratio_loss_fwd(mask, p, cu_seqlens, 6.0)
+    ratio.ratio_loss_bwd(p.sum(), p.sum(), p, cu_seqlens)
+    walked = s.chunk_of_position, s.boundary_positions
+    for short_memory in (False, True):
+        dechunk_forward.dechunk_fwd(
+            z,
+            p,
+            *walked,
+            s.starts,
+            x,
+            x.dtype,
+            weigh_input=True,
+            clamp=None,
+            keep_smoothed=True,
+            short_memory=short_memory,
+        )
+    dechunk_forward.expand_fwd(z, *walked, None, x.dtype)
+    for straight_through in (False, True):
+        dechunk_backward.dechunk_bwd(
+            x,
+            z,
+            z,
+            p,
+            *walked,
+            s.starts,
+            s.cu_chunks,
+            weigh_input=True,
+            clamp=None,
+            straight_through=straight_through,
+        )
+    dechunk_backward.expand_bwd(x, z, *walked)
+
+
+if __name__ == "__main__":
+    main()
