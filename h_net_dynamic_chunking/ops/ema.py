@@ -10,7 +10,8 @@ Contract
     out:         smoothed (chunks, dim) in z.dtype, and the next state (batch, dim)
 
 Accumulates in float32 (float64 for float64). In the tail the result is undefined. From a row that
-is not finite on, the rest of its sequence is NaN; no earlier row, no other sequence is touched.
+is not finite on, the rest of its sequence is NaN (on Triton: its channel is not finite, as far as
+the gates pass on more than a trace); no earlier row, no other sequence is touched.
 
 The recurrence runs in blocks: within a block it is a product with a small lower-triangular matrix
 of decays, and the ends of the blocks obey the same recurrence, so the function calls itself. On 2

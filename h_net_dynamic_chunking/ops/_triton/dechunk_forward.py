@@ -1,7 +1,7 @@
 """Smoothing and expansion forward: read each chunk once, write each position once.
 
-A first version scanned tiles of positions with `tl.associative_scan`; it was bound by its 20
-instructions an element, where a walk over chunks takes one addition and a share of a store.
+Tiles of positions under `tl.associative_scan` take some 20 instructions an element, and were bound
+by them; a walk over chunks takes one multiplication a chunk, and a share of a store.
 """
 
 import torch
@@ -21,9 +21,8 @@ from h_net_dynamic_chunking.ops._triton.walk import (
     program,
 )
 
-# About 512 blocks; with half of them the GPU is not full, with twice as many the first kernel takes
-# as long again. One warp with 16 bytes a thread takes 256 channels.
-_BLOCKS, _BLOCK_D = 512, 256
+# One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
+_BLOCK_D = 256
 # Positions that are written at a time, and chunks that are looked back over at a time.
 _ROWS, _CHUNKS = 4, 32
 
@@ -267,7 +266,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     z, p = z.contiguous(), p.float().contiguous()
     total, dim = chunk.shape[0], z.shape[1]
-    walk = divide(z, total, _BLOCKS, _BLOCK_D)
+    walk = divide(z, total, _BLOCK_D)
     tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
     passed = {"states": walk.states, "through": walk.through}
     numbers = {"T": total, "block": walk.block, **limits(clamp)}

@@ -37,11 +37,19 @@ class Walk(NamedTuple):
     """D, BLOCK_D and NEGLIGIBLE, of every kernel."""
 
 
-def divide(x: Tensor, total: int, blocks: int, block_d: int) -> Walk:
-    """About so many blocks of positions, in channels of x (chunks, dim)."""
+# At 65536 x 1024 half as many programs leave the GPU idle, and twice as many gain nothing forward
+# and lose 2% backward (H200, benchmarks/RESULTS.md). Narrower channels get more blocks instead.
+_PROGRAMS, _BLOCKS = 2048, 512
+_SMALLEST_BLOCK = 32
+
+
+def divide(x: Tensor, total: int, block_d: int) -> Walk:
+    """Blocks of positions and stretches of channels for chunks x (chunks, dim)."""
     dim = x.shape[1]
-    block = max(64, power_of_2(triton.cdiv(total, blocks)))
-    block_d, blocks = min(power_of_2(dim), block_d), triton.cdiv(total, block)
+    block_d = min(power_of_2(dim), block_d)
+    wanted = max(_BLOCKS, _PROGRAMS // triton.cdiv(dim, block_d))
+    block = max(_SMALLEST_BLOCK, power_of_2(triton.cdiv(total, wanted)))
+    blocks = triton.cdiv(total, block)
     states = x.new_empty(blocks, dim, dtype=torch.float32)
     # A 256th of what float32 rounds off, and a 500th of what float16 does.
     negligible = 2.0**-32 if x.dtype == torch.float32 else 2.0**-20
