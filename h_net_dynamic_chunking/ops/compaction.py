@@ -123,7 +123,7 @@ class _HostRead:
             # Into pinned memory, behind what is queued so far and before what will be.
             self.sizes = sizes.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(sizes.device))
 
     def wait(self) -> list[int]:
         if self._event is not None:

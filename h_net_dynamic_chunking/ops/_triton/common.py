@@ -44,8 +44,9 @@ def launch(
 ) -> None:
     """Launch a kernel, straight from what was compiled for such arguments if there is something.
 
-    Triton's own way there, which looks at every argument anew, takes the host 20 to 40 us a launch
-    on the machine of benchmarks/RESULTS.md; the kernels of a forward pass take the GPU 10 to 80.
+    Triton's own way there looks at every argument anew. With this, and with `ops.registration`, the
+    host took 32 us for boundary probability in place of 69, and 87 us for the three launches of
+    segmentation in place of 172 (H200 machine of benchmarks/RESULTS.md).
 
     Args:
         kernel: Its integers must not be specialised.
