@@ -133,7 +133,9 @@ def segment(
     kept = torch.empty_like(boundary_mask) if limited else boundary_mask.new_empty(0)
     number = torch.empty_like(boundary_mask, dtype=torch.int64)
     slots = torch.empty_like(number)
-    positions = number.new_full((batch * max_chunks,), -1) if limited else torch.empty_like(number)
+    positions = torch.empty_like(number)
+    if max_chunks is not None:
+        positions = number.new_full((batch * max_chunks,), -1)
     cu_chunks, sizes = number.new_empty(batch + 1), number.new_empty(2)
     counts, before = number.new_empty(blocks), number.new_empty(batch)
     lengths = {"T": total, "B": batch}
