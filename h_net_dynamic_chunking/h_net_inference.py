@@ -24,6 +24,7 @@ from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.chunker_inference import ChunkerCache, Routed
 from h_net_dynamic_chunking.layout import Layout, padded_view
 from h_net_dynamic_chunking.outputs import hidden_states
+from h_net_dynamic_chunking.sequence_module import unwrapped
 
 
 @dataclass
@@ -85,7 +86,13 @@ class HNetInference(nn.Module):
     @property
     def num_stages(self) -> int:
         """How many stages there are: this one and those inside it."""
-        return 1 + (self.network.num_stages if isinstance(self.network, HNetInference) else 0)
+        return 1 + (0 if self._inner is None else self._inner.num_stages)
+
+    @property
+    def _inner(self) -> "HNetInference | None":
+        """The network, if it is a stage again, whatever wraps it."""
+        network = unwrapped(self.network)
+        return network if isinstance(network, HNetInference) else None
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
@@ -233,9 +240,10 @@ class HNetInference(nn.Module):
         masked: bool,
         boundary_masks: Sequence[Tensor | None],
     ) -> tuple[Tensor, tuple[Decision, ...]]:
-        if not isinstance(self.network, HNetInference):
+        inner = self._inner
+        if inner is None:
             return self._step("network", chunks, cache, rows), ()
-        result = self.network._step_stage(chunks, cache, rows, masked, boundary_masks)
+        result = inner._step_stage(chunks, cache, rows, masked, boundary_masks)
         return result.output, result.stages
 
     @torch.no_grad()
@@ -305,8 +313,9 @@ class HNetInference(nn.Module):
         padded = padded_view(Layout(cu_chunks, (len(chunks),)))
         chunks = padded.unpack(self.width_in(chunks))
         stages: tuple[Decision, ...] = ()
-        if isinstance(self.network, HNetInference):
-            result = self.network._extend_stage(chunks, cache.network, counts, rows, boundary_masks)
+        inner = self._inner
+        if inner is not None:
+            result = inner._extend_stage(chunks, cache.network, counts, rows, boundary_masks)
             stages, z = result.stages, result.output
         else:
             z = self._extend("network", chunks, cache.network, counts, rows)

@@ -7,7 +7,7 @@ ended are left out with `active`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from h_net_dynamic_chunking.h_net_inference import Decision, HNetCache, HNetInfe
 from h_net_dynamic_chunking.layers import Isotropic
 from h_net_dynamic_chunking.layout import layout_of, padded_view
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
+from h_net_dynamic_chunking.sequence_module import unwrapped
 from h_net_dynamic_chunking.step_graphs import StepGraphs
 
 Plan = Literal["auto", "compact", "masked"]
@@ -53,6 +54,11 @@ class LMInference(nn.Module):
     backbone: HNetInference | Isotropic
     lm_head: nn.Linear
 
+    @property
+    def _stack(self) -> HNetInference | Isotropic:
+        """The backbone, whatever wraps it."""
+        return cast("HNetInference | Isotropic", unwrapped(self.backbone))
+
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> InferenceCache:
@@ -66,7 +72,7 @@ class LMInference(nn.Module):
         Raises:
             ValueError: a size below 1.
         """
-        backbone = self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype)
+        backbone = self._stack.allocate_inference_cache(batch_size, max_seqlen, dtype)
         if isinstance(backbone, HNetCache):
             return InferenceCache(self.config, backbone.positions, backbone)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self.embeddings.weight.device)
@@ -92,13 +98,12 @@ class LMInference(nn.Module):
         cache, length = inference_params, x.shape[1]
         rows = self._checked(cache, len(x), length, ALL_ROWS, counts)
         stages: tuple[Decision, ...] = ()
-        if isinstance(self.backbone, HNetInference):
-            result = self.backbone.extend(
-                x, cache.backbone, counts, rows, boundary_masks=boundary_masks
-            )
+        stack = self._stack
+        if isinstance(stack, HNetInference):
+            result = stack.extend(x, cache.backbone, counts, rows, boundary_masks=boundary_masks)
             hidden, stages = result.output, result.stages
         else:
-            hidden = self.backbone.extend(x, cache.backbone, counts, rows)
+            hidden = stack.extend(x, cache.backbone, counts, rows)
             cache.positions.advance(length if counts is None else counts, length)
         hidden = hidden if layout.padded else layout.unpack(padded.pack(hidden))
         return self._output(self.lm_head(hidden), stages)
@@ -208,7 +213,7 @@ class LMInference(nn.Module):
         self._checked(cache, len(ids), 0, ALL_ROWS, None)
         return StepGraphs(
             self.embeddings,
-            self.backbone,
+            self._stack,
             self.lm_head,
             cache.backbone,
             ids,
@@ -229,14 +234,13 @@ class LMInference(nn.Module):
         """Hidden states (rows, dim) of the bytes that these rows of ids (batch,) read."""
         x = self.embeddings(rows.read(ids).long())
         stages: tuple[Decision, ...] = ()
-        if isinstance(self.backbone, HNetInference):
+        stack = self._stack
+        if isinstance(stack, HNetInference):
             masks = [None if mask is None else rows.read(mask) for mask in boundary_masks]
-            result = self.backbone.step(
-                x, cache.backbone, rows, masked=masked, boundary_masks=masks
-            )
+            result = stack.step(x, cache.backbone, rows, masked=masked, boundary_masks=masks)
             hidden, stages = result.output, result.stages
         else:
-            hidden = self.backbone.step(x, cache.backbone, rows)
+            hidden = stack.step(x, cache.backbone, rows)
             cache.positions.advance(1, 1, rows)
         return hidden, stages
 

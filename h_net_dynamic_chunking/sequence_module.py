@@ -83,6 +83,7 @@ def _checked(name: str, result: Any, layout: Layout, width: int | None) -> Tenso
 
 def is_position_wise(module: nn.Module) -> bool:
     """Whether it sees one position at a time, so that it needs no lengths and no cache."""
+    module = unwrapped(module)
     if isinstance(module, nn.Sequential):
         return all(map(is_position_wise, module))
     return isinstance(module, _POSITION_WISE)

@@ -21,6 +21,7 @@ from torch import Tensor
 from h_net_dynamic_chunking.cache import Positions, Rows
 from h_net_dynamic_chunking.h_net_inference import Decision, Entered, HNetCache, HNetInference
 from h_net_dynamic_chunking.layers import AttentionCache
+from h_net_dynamic_chunking.sequence_module import unwrapped
 
 # Up to so many rows it happens often enough that none of them opens a chunk.
 _ROWS_THAT_REST = 8
@@ -230,7 +231,7 @@ def _stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache
     stages = []
     while isinstance(backbone, HNetInference):
         stages.append((backbone, cache))
-        backbone, cache = backbone.network, cache.network
+        backbone, cache = unwrapped(backbone.network), cache.network
     return stages
 
 

@@ -18,7 +18,8 @@ before a wrong cache is refused,
     check_inference_cache(cache, batch_size, dtype, new, rows, lens)      raises ValueError
 
 Modules that see one position at a time, such as nn.Identity and nn.Linear, need no cache. Anything
-else is refused.
+else is refused. torch.compile, and other wrappers that `sequence_module` knows, are looked through:
+what they add to forward is not part of a step.
 """
 
 import inspect
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking.cache import ALL_ROWS, Rows, mapped, tensors_of
 from h_net_dynamic_chunking.outputs import hidden_states
-from h_net_dynamic_chunking.sequence_module import is_position_wise
+from h_net_dynamic_chunking.sequence_module import is_position_wise, unwrapped
 
 
 def allocate(
@@ -41,6 +42,7 @@ def allocate(
     Raises:
         ValueError: the module cannot decode.
     """
+    module = unwrapped(module)
     if _can_step(module):
         return _method(module, "allocate_inference_cache")(batch_size, max_seqlen, dtype)
     if is_position_wise(module):
@@ -69,6 +71,7 @@ def check_cache(
         rows: of which rows.
         lens: how many of them come for each row; None: all.
     """
+    module = unwrapped(module)
     if hasattr(module, "check_inference_cache"):
         _method(module, "check_inference_cache")(cache, batch_size, dtype, new, rows, lens)
     elif not _can_step(module) and cache is not None:
@@ -77,6 +80,7 @@ def check_cache(
 
 def step(name: str, module: nn.Module, x: Tensor, cache: Any, rows: Rows = ALL_ROWS) -> Any:
     """What the module returns for the next position of each row: x (rows, dim)."""
+    module = unwrapped(module)
     if not _can_step(module):
         return module(x)
     method = _method(module, "step")
@@ -99,6 +103,7 @@ def extend(
     rows: Rows = ALL_ROWS,
 ) -> Any:
     """What the module returns for the next positions of each row: x (rows, length, dim)."""
+    module = unwrapped(module)
     if not _can_step(module):
         return module(x)
     if not hasattr(module, "extend"):

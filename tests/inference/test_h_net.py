@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from h_net_dynamic_chunking import HNet
 from h_net_dynamic_chunking.cache import tensors_of
@@ -83,9 +84,10 @@ def test_options_while_decoding(options: dict[str, Any], masked: bool) -> None:
 
 
 def test_plain_modules() -> None:
-    """Modules that see one position at a time need nothing."""
+    """Modules that see one position at a time need nothing, and may be wrapped."""
     block = nn.Sequential(nn.Linear(8, 8), nn.GELU())
-    net = HNet(nn.Identity(), block, nn.LayerNorm(6), 6, 8).double()
+    wrapped = checkpoint_wrapper(nn.LayerNorm(6))
+    net = HNet(nn.Identity(), block, wrapped, 6, 8).double()
     x = randn(2, 12, 6).detach()
     cache = net.allocate_inference_cache(2, 12)
     got = torch.stack([net.step(x_t, cache).output for x_t in x.unbind(1)], 1)

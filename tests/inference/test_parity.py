@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from h_net_dynamic_chunking import HNetLM
 from h_net_dynamic_chunking.cache import tensors_of
@@ -152,3 +153,30 @@ def test_packed_and_jagged_pieces() -> None:
     jagged = torch.nested.as_nested_tensor([ids[0, 7:], ids[1, 2:]], layout=torch.jagged)
     out = model(jagged, inference_params=cache)
     assert_close("jagged", out.logits.values(), torch.cat([want[0, 7:], want[1, 2:]]))
+
+
+PLACES = [
+    "backbone",
+    "backbone.encoder",
+    "backbone.network",
+    "backbone.network.network.network",
+    "backbone.decoder.layers.0.mixer",
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("wrapper", ["compile", "checkpoint"])
+def test_wrapped_parts(wrapper: str, place: str, plan: str) -> None:
+    """torch.compile and activation checkpointing hide classes, and methods from the class."""
+    model = random_model("three_stages")
+    part = model.get_submodule(place)
+    # Eager, because what is compiled is forward alone.
+    wrapped = (
+        torch.compile(part, backend="eager") if wrapper == "compile" else checkpoint_wrapper(part)
+    )
+    model.set_submodule(place, wrapped)
+    got, _ = feed(model, random_ids(3, 21), PIECES[2], plan)
+    with torch.no_grad():
+        want = random_model("three_stages")(random_ids(3, 21)).logits
+    assert_close("logits", got, want)
