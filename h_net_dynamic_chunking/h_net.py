@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from h_net_dynamic_chunking.boundary_masks import padded_masks
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.h_net_inference import HNetCache, HNetInference
 from h_net_dynamic_chunking.intermediates import Intermediates
@@ -191,6 +192,7 @@ class HNet(HNetInference):
         padded = layout if layout.padded else padded_view(layout)
         if not layout.padded:
             tokens = padded.unpack(layout.pack(tokens))
+            boundary_masks = padded_masks(boundary_masks, layout, padded)
         lens = None if padded.inverse is None else padded.lens
         result = self.extend(tokens, cache, lens, boundary_masks=boundary_masks)
         output = result.output

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking import chunker_inference, step_module
+from h_net_dynamic_chunking.boundary_masks import check_mask, check_masks, padded_masks
 from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows, check_cache_class
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.chunker_inference import ChunkerCache, Routed
-from h_net_dynamic_chunking.layout import Layout, padded_view
+from h_net_dynamic_chunking.layout import Layout, check_lens, padded_view
 from h_net_dynamic_chunking.outputs import hidden_states
 from h_net_dynamic_chunking.sequence_module import unwrapped
 
@@ -165,8 +166,10 @@ class HNetInference(nn.Module):
                 of the router's.
 
         Raises:
-            ValueError: x or a cache that does not fit. Nothing has changed then.
+            ValueError: x, masks or a cache that do not fit. Nothing has changed then.
         """
+        _check_ndim(x, 2, "(rows, dim)")
+        check_masks(boundary_masks, self.num_stages, x.shape[:1], x.shape[:1])
         rows = self._checked(x, cache, 1, rows, None)
         return self._step_stage(x, cache, rows, masked, boundary_masks)
 
@@ -264,11 +267,18 @@ class HNetInference(nn.Module):
             cache: of `allocate_inference_cache`.
             lens: int (rows,): positions of each row, on the left; None: all have `length`.
             rows: which rows of the cache these are; see `cache.Rows`.
-            boundary_masks: bool (rows, length) for each stage, as in `forward`.
+            boundary_masks: bool (rows, length) for each stage, as in `forward`; of stages inside,
+                where lengths are counts of chunks, also packed (chunks,).
 
         Raises:
-            ValueError: x or a cache that does not fit. Nothing has changed then.
+            ValueError: x, lens, masks or a cache that do not fit. Nothing has changed then; but
+                whether the mask of a stage inside is as long as its positions shows only when
+                these are there, and the cache is of no use after that.
         """
+        _check_ndim(x, 3, "(rows, length, dim)")
+        if lens is not None:
+            check_lens(lens, *x.shape[:2])
+        check_masks(boundary_masks, self.num_stages, x.shape[:2])
         rows = self._checked(x, cache, x.shape[1], rows, lens)
         if x.shape[1] == 0:
             nothing = x.new_zeros(x.shape[:2], dtype=torch.float32)
@@ -284,6 +294,7 @@ class HNetInference(nn.Module):
         boundary_masks: Sequence[Tensor | None],
     ) -> HNetStep:
         here, *deeper = boundary_masks or (None,)
+        check_mask(here, x.shape[:2])
         x = x if lens is None else _zero_behind(x, lens)
         encoded = self._extend("encoder", x, cache.encoder, lens, rows)
         routed = chunker_inference.route(self.chunker, encoded, cache.chunker, lens, rows, here)
@@ -310,7 +321,10 @@ class HNetInference(nn.Module):
         if not len(chunks):
             return chunks, self._no_decisions((len(opens), 0), probs)
         cu_chunks = nn.functional.pad(counts.cumsum(0), (1, 0))
-        padded = padded_view(Layout(cu_chunks, (len(chunks),)))
+        packed = Layout(cu_chunks, (len(chunks),))
+        padded = padded_view(packed)
+        if boundary_masks and boundary_masks[0] is not None and boundary_masks[0].ndim == 1:
+            boundary_masks = padded_masks(boundary_masks, packed, padded)
         chunks = padded.unpack(self.width_in(chunks))
         stages: tuple[Decision, ...] = ()
         inner = self._inner
@@ -353,6 +367,11 @@ def spread(decision: Decision, index: Tensor, count: int) -> Decision:
     """The decision of the rows `index`, int64, among `count`."""
     probs, boundary_mask = (part.new_zeros(count).index_copy_(0, index, part) for part in decision)
     return Decision(probs, boundary_mask)
+
+
+def _check_ndim(x: Tensor, ndim: int, wanted: str) -> None:
+    if x.ndim != ndim:
+        raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
 
 
 def _zero_behind(x: Tensor, lens: Tensor) -> Tensor:

@@ -181,13 +181,22 @@ def _packed_layout(tokens: Tensor, cu_seqlens: Tensor) -> Layout:
 
 def _ragged_layout(tokens: Tensor, lens: Tensor, static: bool) -> Layout:
     batch, length = tokens.shape[:2]
+    check_lens(lens, batch, length)
+    cu_seqlens = cu_seqlens_from_lens(lens.to(tokens.device))
+    total = batch * length if static else int(lens.sum())
+    return _grid_layout(cu_seqlens, _grid(cu_seqlens, length), total)
+
+
+def check_lens(lens: Tensor, batch: int, length: int) -> None:
+    """Raise ValueError unless `lens` is int (batch,), in 0 .. length where that can be read."""
+    if not isinstance(lens, Tensor):
+        raise ValueError(f"lens must be a tensor, got {type(lens).__name__}")
+    if lens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lens must be int32 or int64, got {lens.dtype}")
     if lens.shape != (batch,):
         raise ValueError(f"lens must have shape ({batch},), got {tuple(lens.shape)}")
     if _readable(lens) and batch and not 0 <= int(lens.min()) <= int(lens.max()) <= length:
         raise ValueError(f"lens must be in 0 .. {length}, got {lens.tolist()}")
-    cu_seqlens = cu_seqlens_from_lens(lens.to(tokens.device))
-    total = batch * length if static else int(lens.sum())
-    return _grid_layout(cu_seqlens, _grid(cu_seqlens, length), total)
 
 
 def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking import step_module
+from h_net_dynamic_chunking.boundary_masks import check_masks, padded_masks
 from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows
 from h_net_dynamic_chunking.config import HNetConfig
 from h_net_dynamic_chunking.h_net_inference import Decision, HNetCache, HNetInference, spread
@@ -91,7 +92,10 @@ class LMInference(nn.Module):
         x = self.embeddings(input_ids.long())
         layout = layout_of(x, lens, cu_seqlens)
         padded = layout if layout.padded else padded_view(layout)
-        x = x if layout.padded else padded.unpack(layout.pack(x))
+        masks = boundary_masks
+        if not layout.padded:
+            x, masks = padded.unpack(layout.pack(x)), padded_masks(masks, layout, padded)
+        check_masks(masks, self.config.stages, x.shape[:2])
         if x.shape[1] == 0:
             raise ValueError("input_ids must have at least one byte in some row, got none")
         counts = None if padded.inverse is None else padded.lens
@@ -100,7 +104,7 @@ class LMInference(nn.Module):
         stages: tuple[Decision, ...] = ()
         stack = self._stack
         if isinstance(stack, HNetInference):
-            result = stack.extend(x, cache.backbone, counts, rows, boundary_masks=boundary_masks)
+            result = stack.extend(x, cache.backbone, counts, rows, boundary_masks=masks)
             hidden, stages = result.output, result.stages
         else:
             hidden = stack.extend(x, cache.backbone, counts, rows)
@@ -135,12 +139,13 @@ class LMInference(nn.Module):
             logits (batch, 1, vocab); in `stages`, probs and boundary_mask (batch,) of each stage.
 
         Raises:
-            ValueError: ids or a cache that do not fit; the cache is as it was then.
+            ValueError: ids, masks or a cache that do not fit; the cache is as it was then.
         """
         batch_size = inference_batch(input_ids)
         check_ids("input_ids", input_ids, self.config.vocab_size)
         check_plan(plan)
         check_active(active, batch_size)
+        check_masks(boundary_masks, self.config.stages, (batch_size,), (batch_size,))
         if input_ids.is_cuda and plan != "compact":
             return self._replay(input_ids.flatten(), inference_params, active, boundary_masks)
         masked = plan == "masked"
@@ -324,6 +329,8 @@ def check_active(active: Tensor | None, batch_size: int) -> None:
     """Raise ValueError unless `active` is bool (batch,), or None."""
     if active is None:
         return
+    if not isinstance(active, Tensor):
+        raise ValueError(f"active must be a tensor of bool, got {type(active).__name__}")
     if active.dtype != torch.bool or active.shape != (batch_size,):
         raise ValueError(
             f"active must be bool of shape ({batch_size},), "

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from h_net_dynamic_chunking.layout import check_lens
 from h_net_dynamic_chunking.ops.packing import check_cu_seqlens
 
 
@@ -35,10 +36,7 @@ def _check_shape(x: Tensor, ndim: int, wanted: str, d_model: int) -> None:
 
 
 def check_extension(x: Tensor, d_model: int, lens: Tensor | None) -> None:
-    """Raise ValueError unless `x` is `(batch, length, d_model)` and `lens` int `(batch,)`."""
+    """Raise ValueError unless `x` is `(batch, length, d_model)` and `lens` fits it."""
     _check_shape(x, 3, f"(batch, length, {d_model})", d_model)
-    if lens is not None and (lens.shape != x.shape[:1] or lens.is_floating_point()):
-        raise ValueError(
-            f"lens must be integers of shape ({x.shape[0]},), "
-            f"got {lens.dtype} of shape {tuple(lens.shape)}"
-        )
+    if lens is not None:
+        check_lens(lens, *x.shape[:2])

@@ -121,6 +121,29 @@ def refused(net: HNet, x: Tensor, cache: Any, message: str) -> None:
     assert all(map(torch.equal, before, tensors_of(cache)))
 
 
+def test_bad_pieces_change_nothing() -> None:
+    net, x = make(), randn(2, 4, 6).detach()
+    cache = net.allocate_inference_cache(2, 9)
+    net.extend(x, cache)
+    before = [tensor.clone() for tensor in tensors_of(cache)]
+    for lens, message in (
+        (torch.tensor([-1, 2]), r"lens must be in 0 .. 4, got \[-1, 2\]"),
+        (torch.tensor([5, 2]), r"lens must be in 0 .. 4, got \[5, 2\]"),
+        (torch.tensor([2]), r"lens must have shape \(2,\), got \(1,\)"),
+        (torch.tensor([1.0, 2.0]), "lens must be int32 or int64, got torch.float32"),
+        ([1, 2], "lens must be a tensor, got list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net.extend(x, cache, lens)
+    with pytest.raises(ValueError, match=r"x must have shape \(rows, length, dim\), got \(2, 6\)"):
+        net.extend(x[:, 0], cache)
+    with pytest.raises(ValueError, match=r"x must have shape \(rows, dim\), got \(2, 4, 6\)"):
+        net.step(x, cache)
+    with pytest.raises(ValueError, match=r"positions of their stage, \(2,\), got \(1,\)"):
+        net.step(x[:, 0], cache, boundary_masks=[None, torch.tensor([True])])
+    assert all(map(torch.equal, before, tensors_of(cache)))
+
+
 def test_bad_caches_change_nothing() -> None:
     net, x = make(), randn(2, 6).detach()
     refused(net, x, net.allocate_inference_cache(3, 8), "batch size of x, 2, got one of 3")

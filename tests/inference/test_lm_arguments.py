@@ -32,6 +32,35 @@ def attempts(model: HNetLM) -> dict[str, tuple[str, Callable[[Any], Any]]]:
         "too long": (r"seen \[3, 3\], and 6 more", forward(IDS)),
         "nothing": ("input_ids must have at least one byte in some row", forward(IDS[:, :0])),
         "lens": ("lens must be in 0 .. 6, got", forward(IDS, lens=torch.tensor([7, 1]))),
+        "masks": (
+            "boundary_masks must have one entry a stage at most, got 1 more",
+            step(IDS[:, 0], boundary_masks=[None, None]),
+        ),
+        "a mask of three rows": (
+            r"shape of the positions of their stage, \(2,\), got \(3,\)",
+            step(IDS[:, 0], boundary_masks=[torch.ones(3).bool()]),
+        ),
+        "a mask of integers": (
+            r"tensors of bool, or None, got torch.int64",
+            step(IDS[:, 0], boundary_masks=[IDS[:, 0]]),
+        ),
+        "one mask": (
+            "must be a sequence of masks, one a stage, got a tensor",
+            step(IDS[:, 0], boundary_masks=IDS > 0),
+        ),
+        "a short mask": (
+            r"shape of the positions of their stage, \(2, 4\), got \(4,\)",
+            forward(IDS[:, :4], boundary_masks=[torch.ones(4).bool()]),
+        ),
+        "a short packed mask": (
+            r"shape of the positions of their stage, \(5,\), got \(4,\)",
+            forward(
+                IDS[0, :5],
+                cu_seqlens=torch.tensor([0, 4, 5]),
+                boundary_masks=[torch.ones(4).bool()],
+            ),
+        ),
+        "active as a list": ("active must be a tensor", step(IDS[:, 0], active=[True, False])),
         "labels": ("labels must be None with inference_params", forward(IDS, IDS)),
     }
 
@@ -46,6 +75,14 @@ def test_refused(what: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(cache)
     assert all(map(torch.equal, before, tensors_of(cache)))
+
+
+def test_masks_without_a_chunker() -> None:
+    model = random_model("isotropic")
+    cache = model.allocate_inference_cache(2, 8)
+    for call in (model.step, model):
+        with pytest.raises(ValueError, match="boundary_masks must be empty: this model has no"):
+            call(IDS[:, :1], inference_params=cache, boundary_masks=[IDS[:, 0] > 0])
 
 
 def test_caches_of_others() -> None:

@@ -141,6 +141,28 @@ def test_given_boundaries() -> None:
     assert_close("logits", torch.cat(outs, 1), want.logits)
 
 
+@pytest.mark.parametrize("form", ["padded", "packed", "jagged"])
+def test_given_boundaries_inside(form: str) -> None:
+    """Pieces take the masks of all stages in the form of the ids, as forward does."""
+    model, ids = random_model("three_stages"), random_ids(2, 12)
+    outer = torch.arange(12) % 3 == 0
+    inner = torch.tensor([True, False, True, True])
+    masks = [outer.expand(2, -1), inner.expand(2, -1)]
+    options: dict[str, Any] = {}
+    if form != "padded":
+        masks, options = [mask.flatten() for mask in masks], {"cu_seqlens": torch.arange(3) * 12}
+        ids = ids.flatten()
+    if form == "jagged":
+        ids, options = torch.nested.nested_tensor_from_jagged(ids, options["cu_seqlens"]), {}
+    cache = model.allocate_inference_cache(2, 12)
+    with torch.no_grad():
+        want = model(ids, boundary_masks=masks, **options)
+    got = model(ids, boundary_masks=masks, inference_params=cache, **options)
+    values = [out.logits.values() if form == "jagged" else out.logits for out in (got, want)]
+    assert_close("logits", *values)
+    assert got.stages[1].boundary_mask.flatten().tolist() == inner.repeat(2).tolist()
+
+
 def test_packed_and_jagged_pieces() -> None:
     """The forms that forward takes without a cache, and the same forms come out."""
     model, ids = random_model("one_stage"), random_ids(2, 12)

@@ -114,6 +114,16 @@ def test_full_caches_change_nothing() -> None:
     stack.extend(torch.randn(1, 4, D_MODEL), cache, None, Rows(index=torch.tensor([1])))
 
 
+@pytest.mark.parametrize("layout", ["m1", "t1"])
+def test_lens_that_cannot_be(layout: str) -> None:
+    stack = small_stack(layout)
+    cache = stack.allocate_inference_cache(2, 9)
+    for lens in ([-1, 2], [2, 4]):
+        with pytest.raises(ValueError, match=r"lens must be in 0 .. 3, got \["):
+            stack.extend(torch.randn(2, 3, D_MODEL), cache, torch.tensor(lens))
+    assert not any(tensor.any() for tensor in tensors_of(cache))
+
+
 class SumSoFar(nn.Module):
     """A mixer of somebody else, which knows nothing of rows or of several positions."""
 
