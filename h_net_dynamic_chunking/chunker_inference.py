@@ -39,7 +39,7 @@ class Routed(NamedTuple):
     """Where chunks open."""
 
     probs: Tensor
-    """float32 (rows, length): boundary probabilities; 0 at pads."""
+    """float32 (rows, length): boundary probabilities; 0 at pads and in rows at rest."""
     opens: Tensor
     """bool (rows, length): whether a chunk opens there; False at pads and in rows at rest."""
 
@@ -114,7 +114,8 @@ def route(
         real = torch.arange(length, device=x.device) < lens[:, None]
         probs, opens = probs.where(real, 0), opens & real
     if rows.active is not None:
-        opens = opens & rows.active[:, None]
+        at_work = rows.active[:, None]
+        probs, opens = probs.where(at_work, 0), opens & at_work
     if chunker.max_chunks is not None:
         opens = opens & (opened[:, None] + opens.cumsum(1) <= chunker.max_chunks)
 

@@ -126,6 +126,21 @@ def test_rows_at_rest_keep_every_bit(plan: Any) -> None:
         assert torch.equal(old, tensor[1])
 
 
+def test_plans_decide_the_same() -> None:
+    """Also where nothing is decided: in rows at rest, and inside where no chunk opened."""
+    model, ids = random_model("three_stages"), random_ids(3, 12)
+    caches = [model.allocate_inference_cache(3, 12) for _ in PLANS]
+    active = torch.tensor([True, False, True])
+    for t in range(12):
+        outs = [
+            model.step(ids[:, t], cache, active=active if t > 6 else None, plan=plan)
+            for cache, plan in zip(caches, PLANS, strict=True)
+        ]
+        for one, other in zip(*(out.stages for out in outs), strict=True):
+            assert_close("probs", one.probs, other.probs)
+            assert torch.equal(one.boundary_mask, other.boundary_mask)
+
+
 def test_given_boundaries() -> None:
     """Steps and pieces take masks as forward does."""
     model, ids = random_model("three_stages"), random_ids(2, 12)

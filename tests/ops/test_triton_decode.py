@@ -367,6 +367,7 @@ def test_route(rows: int, dtype: torch.dtype, dim: int) -> None:
     assert_close("p", p[active], want[active])
     assert torch.equal(boundary[active], p[active] > 0.5)
     assert not boundary[~active].any()
+    assert not p[~active].any()
     assert torch.equal(key, torch.where(active[:, None], k, previous))
 
 

@@ -57,7 +57,7 @@ def route_step_kernel(
     # A NaN stays one, and is no boundary.
     p = tl.where(p < 0, 0.0, tl.where(p > 1, 1.0, p))
     p = tl.where(load_flag(is_first_ptr + i_m, True), 1.0, p)
-    tl.store(p_ptr + i_m, p)
+    tl.store(p_ptr + i_m, tl.where(live, p, 0.0))
     tl.store(boundary_ptr + i_m, (p > threshold) & live)
     k = rounded(k, previous_key_ptr.dtype.element_ty, INTERPRETED)
     tl.store(p_previous, k, mask & live)
@@ -77,7 +77,7 @@ def route_step(
     is_first:       bool (rows,): rows whose first position this is; p = 1 there
     threshold:      in (0, 1); a boundary needs p strictly above it
     active:         bool (rows,), or None for all. The others open no chunk, keep their previous
-                    key to the bit, and have any p
+                    key to the bit, and have p = 0
     out:            p, float32 (rows,), and the boundaries, bool (rows,)
 
     Norms and products are float32. A zero vector has p = 0.5; see `ops.boundary`.
