@@ -67,10 +67,30 @@ def allocate_chunker_cache(
     )
 
 
+def seen_dtype(chunker: DynamicSequenceChunker, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what the chunker sees in a stage whose input has `dtype`.
+
+    It takes that of its weights only, which an encoder of another dtype must lead to; autocast
+    leaves any.
+    """
+    weight = chunker.to_queries_keys.weight
+    return dtype if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+
+
+def check_encoded(chunker: DynamicSequenceChunker, encoded: Tensor) -> None:
+    """Raise ValueError unless the chunker takes the dtype of what the encoder returned."""
+    wanted = seen_dtype(chunker, encoded.dtype)
+    if encoded.dtype != wanted:
+        raise ValueError(f"encoder must return {wanted}, as the chunker, got {encoded.dtype}")
+
+
 def check_chunker_cache(
     chunker: DynamicSequenceChunker, cache: object, batch_size: int, dtype: torch.dtype
 ) -> None:
-    """Raise ValueError unless the cache is one of this chunker for that batch and dtype."""
+    """Raise ValueError unless the cache is one of this chunker for that batch.
+
+    dtype: of what the encoder makes of the positions; see `seen_dtype`.
+    """
     check_cache_class(cache, ChunkerCache, chunker)
     assert isinstance(cache, ChunkerCache)
     weight = chunker.to_queries_keys.weight

@@ -132,17 +132,18 @@ class HNetInference(nn.Module):
         rows: Rows = ALL_ROWS,
         lens: Tensor | None = None,
     ) -> None:
-        """Raise ValueError unless the cache is one of this HNet for that batch and dtype.
+        """Raise ValueError unless the cache is one of this HNet for that batch and dtype of x.
 
         And unless it has room for `new` more positions of these rows, or lens[r] of row r.
         """
         check_cache_class(cache, HNetCache, self)
-        chunker_inference.check_chunker_cache(self.chunker, cache.chunker, batch_size, dtype)
+        encoded = chunker_inference.seen_dtype(self.chunker, dtype)
+        chunker_inference.check_chunker_cache(self.chunker, cache.chunker, batch_size, encoded)
         cache.positions.check_room(new, rows, lens)
         # The parts need no room of their own: no stage sees more positions than this one.
-        for name in ("encoder", "network", "decoder"):
+        for name, seen in (("encoder", dtype), ("network", encoded), ("decoder", encoded)):
             module, part = getattr(self, name), getattr(cache, name)
-            step_module.check_cache(name, module, part, batch_size, dtype, 0)
+            step_module.check_cache(name, module, part, batch_size, seen, 0)
 
     @torch.no_grad()
     def step(
@@ -190,6 +191,7 @@ class HNetInference(nn.Module):
     def enter(self, x: Tensor, cache: HNetCache, rows: Rows, given: Tensor | None) -> Entered:
         """The way in, for one position of each row."""
         encoded = self._step("encoder", x, cache.encoder, rows)
+        chunker_inference.check_encoded(self.chunker, encoded)
         probs, opens = chunker_inference.route_step(
             self.chunker, encoded, cache.chunker, rows, given
         )
@@ -227,12 +229,11 @@ class HNetInference(nn.Module):
         chosen = opens.nonzero().flatten()  # the host read of the compact plan
         if len(chosen) == len(opens):
             return self._step_network(chunks, cache, rows, False, boundary_masks)
-        z = chunks.new_zeros(chunks.shape)
         if not len(chosen):
-            return z, self._no_decisions(opens.shape, entered.probs)
+            return torch.zeros_like(chunks), self._no_decisions(opens.shape, entered.probs)
         masks = [None if mask is None else mask[chosen] for mask in boundary_masks]
         some, stages = self._step_network(chunks[chosen], cache, rows.among(chosen), False, masks)
-        z = z.index_copy_(0, chosen, some)
+        z = some.new_zeros(chunks.shape).index_copy_(0, chosen, some)
         return z, tuple(spread(stage, chosen, len(opens)) for stage in stages)
 
     def _step_network(
@@ -297,6 +298,7 @@ class HNetInference(nn.Module):
         check_mask(here, x.shape[:2])
         x = x if lens is None else _zero_behind(x, lens)
         encoded = self._extend("encoder", x, cache.encoder, lens, rows)
+        chunker_inference.check_encoded(self.chunker, encoded)
         routed = chunker_inference.route(self.chunker, encoded, cache.chunker, lens, rows, here)
         z, inner = self._extend_network(encoded, routed, cache, rows, deeper)
         expanded = chunker_inference.upsample(self.chunker, z, routed, encoded, cache.chunker, rows)

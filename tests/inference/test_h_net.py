@@ -94,6 +94,16 @@ def test_plain_modules() -> None:
     assert_close("output", got, net(x).output)
 
 
+def test_other_dtypes_are_refused() -> None:
+    """Before the first cache changes, here that of the chunker."""
+    net = HNet(nn.Identity(), nn.Identity(), nn.Identity(), 6).double()
+    cache = net.allocate_inference_cache(2, 8)
+    for call in (net.step, lambda x, cache: net.extend(x[:, None], cache)):
+        with pytest.raises(ValueError, match=r"encoder must return torch.float64, as the chunker"):
+            call(torch.randn(2, 6), cache)
+    assert not any(tensor.any() for tensor in tensors_of(cache))
+
+
 def test_modules_that_cannot_decode_are_named() -> None:
     """With what to do about it; a GRU sees more than one position."""
     net = HNet(nn.Identity(), nn.GRU(6, 6, batch_first=True), nn.Identity(), 6)

@@ -126,6 +126,15 @@ def test_rows_at_rest_keep_every_bit(plan: Any) -> None:
         assert torch.equal(old, tensor[1])
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("part", ["embeddings", "backbone.network.network"])
+def test_parts_of_another_dtype(part: str, plan: str) -> None:
+    """What runs forward decodes: some wide weights in a float32 model, near their own numbers."""
+    model = random_model("three_stages", torch.float32)
+    model.get_submodule(part).double()
+    assert_parity(model, random_ids(3, 21), PIECES[2], plan)
+
+
 def test_plans_decide_the_same() -> None:
     """Also where nothing is decided: in rows at rest, and inside where no chunk opened."""
     model, ids = random_model("three_stages"), random_ids(3, 12)
