@@ -8,7 +8,7 @@ reads whether any row opened a chunk, and leaves out all that is inside where no
 
 The recorded kernels hold the addresses of the caches. Where attention may see many positions, its
 caches get slots for all of them at once if these take little of the free memory; else they grow,
-and everything is recorded again.
+in a step or when a piece of text is read between two of them, and everything is recorded again.
 """
 
 import dataclasses
@@ -67,6 +67,7 @@ class StepGraphs:
         self._fired_on_host = self._fired.numpy()  # the same memory, faster to read
         self._attention: list[AttentionCache] = _found(cache, AttentionCache)
         self._growing: list[AttentionCache] = []
+        self._slots: list[int] = []
         self._after = after
         self._counted = positions
         self._all_positions: list[Positions] = _found([cache, positions], Positions)
@@ -101,8 +102,9 @@ class StepGraphs:
     def replay(self) -> None:
         """Read `ids` in the rows that are `active`; `logits` and `decisions` are new then."""
         # Of all of them, so that one recording is enough.
-        grown = [_has_grown(cache) for cache in self._growing]
-        if any(grown):
+        for cache in self._growing:
+            cache.reserve(1)
+        if [cache.slots for cache in self._growing] != self._slots:
             self._record()
         if self._rests:
             self._replay_stage(0)
@@ -167,7 +169,9 @@ class StepGraphs:
         at_once = whole <= _FREE_SHARE * torch.cuda.mem_get_info(self.ids.device)[0]
         for cache in growing:
             cache.reserve(cache.positions.limit if at_once and cache.positions.limit else 1)
+        # The bound counts steps of rows that rest, too, so that some may grow early.
         self._growing = [] if at_once else growing
+        self._slots = [cache.slots for cache in self._growing]
 
     def _segments(self) -> list[Callable[[], None]]:
         """What to record, in order."""
@@ -233,13 +237,6 @@ def _stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache
         stages.append((backbone, cache))
         backbone, cache = unwrapped(backbone.network), cache.network
     return stages
-
-
-def _has_grown(cache: AttentionCache) -> bool:
-    """Whether one more position took new slots. The bound counts steps of rows that rest, too."""
-    slots = cache.slots
-    cache.reserve(1)
-    return cache.slots != slots
 
 
 def _found(cache: Any, wanted: type) -> list[Any]:

@@ -64,6 +64,32 @@ def test_caches_that_grow_are_recorded_again(batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+def test_caches_that_a_piece_grows_are_recorded_again(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots are not there at once, and 300 bytes are read between two steps."""
+    monkeypatch.setattr("h_net_dynamic_chunking.step_graphs._FREE_SHARE", 0)
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(batch, 310).cuda()
+    every = torch.ones(batch, 310, dtype=torch.bool, device="cuda")
+    with torch.no_grad():
+        want = model(ids, boundary_masks=[every]).logits
+    cache = model.allocate_inference_cache(batch, 310)
+    outs = []
+    for start, end in [
+        *((t, t + 1) for t in range(5)),
+        (5, 305),
+        *((t, t + 1) for t in range(305, 310)),
+    ]:
+        piece, given = ids[:, start:end], every[:, start:end]
+        if end - start == 1:
+            out = model.step(piece, cache, boundary_masks=[given[:, 0]])
+        else:
+            out = model(piece, boundary_masks=[given], inference_params=cache)
+        outs.append(out.logits)
+    assert float((torch.cat(outs, 1) - want).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16(name: str, batch: int) -> None:
     """With given boundaries, at most twice the error of the layers' own steps in torch."""
