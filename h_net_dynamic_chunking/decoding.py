@@ -16,6 +16,7 @@ from h_net_dynamic_chunking.byte_chunks import byte_chunks
 from h_net_dynamic_chunking.config import HNetConfig
 from h_net_dynamic_chunking.ops.backend import uses_triton
 from h_net_dynamic_chunking.sampling import Sampling, draw, uniforms
+from h_net_dynamic_chunking.step_graphs import can_record
 from h_net_dynamic_chunking.stopping import NOTHING_YET, StopStrings, ends_with_any
 
 BYTE_VALUES = 256
@@ -162,7 +163,7 @@ class Decoding:
         """`_read_and_choose` as CUDA graphs, where the model can record its step."""
         record = getattr(self._model, "record_step", None)
         worth_it = self._max_new_bytes >= STEPS_WORTH_RECORDING and not self._keep_depths
-        if record is None or not self._ids.is_cuda or self._plan == "compact" or not worth_it:
+        if record is None or not can_record(self._ids) or self._plan == "compact" or not worth_it:
             return None
 
         def choose(logits: Tensor) -> None:

@@ -20,8 +20,9 @@ from h_net_dynamic_chunking.h_net_inference import Decision, HNetCache, HNetInfe
 from h_net_dynamic_chunking.layers import Isotropic
 from h_net_dynamic_chunking.layout import layout_of, padded_view
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
+from h_net_dynamic_chunking.ops.backend import Backend, chosen_backend
 from h_net_dynamic_chunking.sequence_module import unwrapped
-from h_net_dynamic_chunking.step_graphs import StepGraphs
+from h_net_dynamic_chunking.step_graphs import StepGraphs, can_record
 
 Plan = Literal["auto", "compact", "masked"]
 
@@ -36,8 +37,10 @@ class InferenceCache:
     """How many bytes each row has read: those of the outermost stage, if there is one."""
     backbone: Any
     """What the layers remember."""
-    graphs: dict[tuple[bool, ...], StepGraphs] = field(default_factory=dict, compare=False)
-    """On a GPU, the recorded steps: for each way in which boundaries are given."""
+    graphs: dict[tuple[Backend, tuple[bool, ...]], StepGraphs] = field(
+        default_factory=dict, compare=False
+    )
+    """On a GPU, the recorded steps: by backend, and by the stages whose boundaries are given."""
     owner: Any = None
     """The model for which the steps were recorded."""
 
@@ -131,7 +134,8 @@ class LMInference(nn.Module):
                 and get logits of 0. None: all.
             plan: "compact" runs each stage on the rows that reach it; "masked" runs all rows and
                 lets those change that reach it, with static shapes. The numbers are the same.
-                "auto" takes the compact one, and on a GPU the masked one, recorded as CUDA graphs.
+                "auto" takes the compact one, and on a GPU the masked one, which is recorded as CUDA
+                graphs. Under autocast nothing is recorded, and "auto" is the compact one.
             boundary_masks: bool (batch,) for each stage, outermost first: whether a chunk opens, in
                 place of the router's word.
 
@@ -146,7 +150,7 @@ class LMInference(nn.Module):
         check_plan(plan)
         check_active(active, batch_size)
         check_masks(boundary_masks, self.config.stages, (batch_size,), (batch_size,))
-        if input_ids.is_cuda and plan != "compact":
+        if can_record(input_ids) and plan != "compact":
             return self._replay(input_ids.flatten(), inference_params, active, boundary_masks)
         masked = plan == "masked"
         rows = Rows(active=active)
@@ -196,10 +200,11 @@ class LMInference(nn.Module):
             self._checked(cache, batch_size, 0, ALL_ROWS, None)
         if cache.owner is not self:
             cache.graphs, cache.owner = {}, self
-        if given not in cache.graphs:
+        key = (chosen_backend(), given)
+        if key not in cache.graphs:
             ids = torch.zeros_like(cache.positions.seen)
-            cache.graphs[given] = self.record_step(cache, ids, ids.bool(), given)
-        return cache.graphs[given]
+            cache.graphs[key] = self.record_step(cache, ids, ids.bool(), given)
+        return cache.graphs[key]
 
     @torch.no_grad()
     def record_step(

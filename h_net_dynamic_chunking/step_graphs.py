@@ -29,6 +29,14 @@ _ROWS_THAT_REST = 8
 _FREE_SHARE = 0.1
 
 
+def can_record(ids: Tensor) -> bool:
+    """Whether a step that reads these ids is recorded: on a GPU, and outside of autocast.
+
+    Autocast casts weights once and keeps them for as long as it is on, which a graph outlives.
+    """
+    return ids.is_cuda and not torch.is_autocast_enabled("cuda")
+
+
 class StepGraphs:
     """The recorded step of one model on one cache.
 

@@ -113,6 +113,40 @@ def test_bfloat16(name: str, batch: int) -> None:
     assert error("triton", "auto") < 2 * error("torch", "compact") + 1e-6
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_each_step_in_an_autocast_of_its_own(batch: int) -> None:
+    """Its casts of the weights are gone after each."""
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(batch, 20).cuda()
+    outs = []
+    for plan in ("auto", "masked", "compact"):
+        cache = model.allocate_inference_cache(batch, 20)
+        logits = []
+        for t in range(20):
+            with torch.autocast("cuda", torch.bfloat16):
+                given = [torch.full((batch,), t % 2 == 0, device="cuda")]
+                out = model.step(ids[:, t], cache, plan=plan, boundary_masks=given)
+            logits.append(out.logits)
+        assert not cache.graphs
+        outs.append(torch.cat(logits, 1).float())
+    for got in outs[:2]:
+        assert float((got - outs[2]).abs().max()) < 0.05 * float(outs[2].abs().max())
+
+
+def test_a_cache_is_stepped_by_either_backend() -> None:
+    """One step each in turn, on one cache: the one of now, not the one that was recorded."""
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(2, 12).cuda()
+    cache = model.allocate_inference_cache(2, 12)
+    outs = []
+    for t in range(12):
+        backend: Backend = "triton" if t % 2 else "torch"
+        with use_backend(backend):
+            outs.append(model.step(ids[:, t], cache).logits)
+    assert [backend for backend, _ in cache.graphs] == ["torch", "triton"]
+    with torch.no_grad():
+        want = model(ids).logits
+    assert float((torch.cat(outs, 1) - want).abs().max()) < 1e-4
+
+
 def test_a_row_alone_gives_the_row_in_a_batch() -> None:
     """Greedy bytes, float32: 1 row beside 20."""
     model, ids = gpu_model("three_stages", torch.float32), random_ids(20, 10).cuda()
