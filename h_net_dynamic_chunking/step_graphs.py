@@ -85,7 +85,8 @@ class StepGraphs:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._positions: list[list[Positions]] = []
         self.logits: Tensor | None = None
-        self._record()
+        with torch.cuda.device(ids.device):
+            self._record()
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -109,6 +110,10 @@ class StepGraphs:
 
     def replay(self) -> None:
         """Read `ids` in the rows that are `active`; `logits` and `decisions` are new then."""
+        with torch.cuda.device(self.ids.device):
+            self._replay_step()
+
+    def _replay_step(self) -> None:
         # Of all of them, so that one recording is enough.
         for cache in self._growing:
             cache.reserve(1)
@@ -161,7 +166,7 @@ class StepGraphs:
         for segment in self._segments():
             before = [positions.bound for positions in self._all_positions]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=side):
                 segment()
             self._graphs.append(graph)
             self._positions.append(

@@ -147,6 +147,19 @@ def test_a_cache_is_stepped_by_either_backend() -> None:
     assert float((torch.cat(outs, 1) - want).abs().max()) < 1e-4
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("plan", ["auto", "compact"])
+def test_a_device_that_is_not_the_current_one(plan: str) -> None:
+    model, ids = random_model("one_stage", torch.float32), random_ids(3, LENGTH)
+    with torch.no_grad():
+        want = model(ids).logits
+    got, _ = feed(model.to("cuda:1"), ids.to("cuda:1"), pieces(3), plan)
+    assert got.device.index == 1
+    assert float((got.cpu() - want).abs().max()) < 1e-4
+    texts = generate(model, ["a", "bc"], 64, temperature=0, eos=False, plan=plan)
+    assert [len(text) for text in texts] == [64, 64]
+
+
 def test_a_row_alone_gives_the_row_in_a_batch() -> None:
     """Greedy bytes, float32: 1 row beside 20."""
     model, ids = gpu_model("three_stages", torch.float32), random_ids(20, 10).cuda()

@@ -20,6 +20,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     launch_options,
     let_next_start,
     load_flag,
+    on_its_device,
     rounded,
     wait_for_inputs,
 )
@@ -194,6 +195,7 @@ def merge_splits_kernel(
     tl.store(p_out, rounded(out, out_ptr.dtype.element_ty, INTERPRETED), m_d)
 
 
+@on_its_device
 def attention_step(
     qkv: Tensor,
     keys: Tensor,

@@ -13,6 +13,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     check_dtype,
     launch_options,
     let_next_start,
+    on_its_device,
     wait_for_inputs,
 )
 
@@ -73,6 +74,7 @@ def choose_step_kernel(
     tl.store(reads_ptr + i_m, writes)
 
 
+@on_its_device
 def choose_step(
     logits: Tensor,
     uniforms: Tensor,

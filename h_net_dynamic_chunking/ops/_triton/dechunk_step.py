@@ -12,6 +12,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     launch_options,
     let_next_start,
     load_flag,
+    on_its_device,
     rounded,
     wait_for_inputs,
 )
@@ -59,6 +60,7 @@ def dechunk_step_kernel(
     tl.store(out_ptr + i_m * dim + o_d, out, mask)
 
 
+@on_its_device
 def dechunk_step(
     z: Tensor,
     smoothed: Tensor,

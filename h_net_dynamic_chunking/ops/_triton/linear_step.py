@@ -20,6 +20,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     launch_options,
     let_next_start,
     load_gated,
+    on_its_device,
     rounded,
     silu,
     wait_for_inputs,
@@ -103,6 +104,7 @@ class Blocks(NamedTuple):
     warps: int
 
 
+@on_its_device
 def linear_step(
     x: Tensor,
     weight: Tensor,

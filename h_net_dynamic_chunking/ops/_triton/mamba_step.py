@@ -19,6 +19,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     launch_options,
     let_next_start,
     load_flag,
+    on_its_device,
     prefetch,
     rounded,
     silu,
@@ -133,6 +134,7 @@ def state_step_kernel(
     tl.store(y_ptr + (i_m * heads + i_h) * head_dim + o_p, y, m_p)
 
 
+@on_its_device
 def mamba_step(
     projected: Tensor,
     conv: Tensor,

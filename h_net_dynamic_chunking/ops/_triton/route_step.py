@@ -13,6 +13,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     launch_options,
     let_next_start,
     load_flag,
+    on_its_device,
     rounded,
     wait_for_inputs,
 )
@@ -63,6 +64,7 @@ def route_step_kernel(
     tl.store(p_previous, k, mask & live)
 
 
+@on_its_device
 def route_step(
     queries_keys: Tensor,
     previous_key: Tensor,

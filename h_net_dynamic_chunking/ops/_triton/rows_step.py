@@ -12,6 +12,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     launch_options,
     let_next_start,
     load_gated,
+    on_its_device,
     rounded,
     silu,
     wait_for_inputs,
@@ -74,6 +75,7 @@ def swiglu_rows_kernel(
     tl.store(out_ptr + i_m * width + o_k, rounded(y, out_ptr.dtype.element_ty, INTERPRETED), m_k)
 
 
+@on_its_device
 def norm_rows(
     x: Tensor,
     norm_weight: Tensor,
@@ -121,6 +123,7 @@ def norm_rows(
     return out
 
 
+@on_its_device
 def swiglu_rows(product: Tensor) -> Tensor:
     """value * silu(gate) of the halves of (rows, 2 * width), values first: (rows, width).
 

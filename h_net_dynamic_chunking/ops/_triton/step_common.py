@@ -6,12 +6,16 @@ before still runs, asks for its weights, and waits for the other's results in `w
 Weights, which no kernel writes, may be read before that; nothing else is, and nothing is written.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 # None: where the device can. True and False are for measurements.
 overlap_launches: bool | None = None
@@ -75,6 +79,21 @@ def prefetch(pointers):
         is_pure=False,
         pack=1,
     )
+
+
+def on_its_device(launcher: Launcher) -> Launcher:
+    """Launch where the first tensor is: launches go to the current device, which may be another."""
+
+    @functools.wraps(launcher)
+    def launch(*arguments: Any, **options: Any) -> Any:
+        values = (*arguments, *options.values())
+        device = next(value.device for value in values if isinstance(value, Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(*arguments, **options)
+        with torch.cuda.device(device):
+            return launcher(*arguments, **options)
+
+    return cast(Launcher, launch)
 
 
 def launch_options(tensor: Tensor) -> dict[str, Any]:
