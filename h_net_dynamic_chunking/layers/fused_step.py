@@ -20,17 +20,34 @@ from h_net_dynamic_chunking.layers.attention import CausalAttention
 from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
 from h_net_dynamic_chunking.layers.block import Block
 from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
+from h_net_dynamic_chunking.layers.mlp import SwiGLU
+from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels
+
+_PLAIN_PARTS = (nn.Linear, nn.Conv1d, RMSNorm)
 
 
 def can_fuse(blocks: Sequence[Block], x: Tensor, norm_weight: Tensor, rows: Rows) -> bool:
     """Whether a stack of these blocks, which ends with such a norm, runs on the kernels.
 
+    They take the weights of a layer and not the layer, so that one which somebody has replaced or
+    changed, by an adapter say, must run itself.
+
     Raises:
         ValueError: Triton was asked for by name and cannot run.
     """
-    own = all(type(block.mixer) in (Mamba2, CausalAttention) for block in blocks)
-    return own and fits_step_kernels(x, norm_weight, rows)
+    return all(map(_is_plain, blocks)) and fits_step_kernels(x, norm_weight, rows)
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether it is made of this library's layers, as it makes them."""
+    mixer, mlp = block.mixer, block.mlp
+    if type(mixer) not in (Mamba2, CausalAttention) or (
+        mlp is not None and type(mlp) is not SwiGLU
+    ):
+        return False
+    parts = [*mixer.children(), block.norm1, block.norm2, *(mlp.children() if mlp else ())]
+    return all(part is None or type(part) in _PLAIN_PARTS for part in parts)
 
 
 def fused_step(

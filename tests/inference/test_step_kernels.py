@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from h_net_dynamic_chunking.layers import fused_step
 from h_net_dynamic_chunking.ops.backend import use_backend
@@ -21,6 +22,28 @@ pytest.importorskip("triton", reason="needs triton")
 
 # Steps of all rows, steps in which one row waits, and a piece.
 PIECES = [[8, 1, 0, 1, 5], [8, 1, 1, 1, 4]]
+
+
+class Adapted(nn.Linear):
+    """A linear layer with something beside its weight, as adapters have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "place",
+    ["network.layers.0.mlp.fc2", "encoder.layers.0.mixer.out_proj", "chunker.to_queries_keys"],
+)
+def test_changed_layers_run_themselves(place: str, rows: int) -> None:
+    model, ids = random_model("one_stage", torch.float32), random_ids(rows, 15)
+    model.backbone.get_submodule(place).__class__ = Adapted
+    with torch.no_grad():
+        want = model(ids)
+    with use_backend("triton"):
+        got, _ = feed(model, ids, [[8, 1, 1, 5]] * rows, "masked")
+    assert float((got - want.logits).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["one_stage", "isotropic"])
