@@ -110,32 +110,39 @@ def mapped(cache: Any, function: Callable[[Tensor], Tensor]) -> Any:
     Caches are tensors, and lists, tuples, dicts and dataclasses of caches; what else they hold is
     handed on.
     """
-    if isinstance(cache, Tensor):
-        return function(cache)
+    return _mapped_parts(cache, lambda part: function(part) if isinstance(part, Tensor) else part)
+
+
+def _mapped_parts(cache: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(cache, dict):
-        return {key: mapped(value, function) for key, value in cache.items()}
+        return {key: _mapped_parts(value, function) for key, value in cache.items()}
     if isinstance(cache, tuple) and hasattr(cache, "_fields"):
-        return type(cache)(*(mapped(value, function) for value in cache))
+        return type(cache)(*(_mapped_parts(value, function) for value in cache))
     if isinstance(cache, (list, tuple)):
-        return type(cache)(mapped(value, function) for value in cache)
+        return type(cache)(_mapped_parts(value, function) for value in cache)
     if dataclasses.is_dataclass(cache) and not isinstance(cache, type):
         fields = (entry.name for entry in dataclasses.fields(cache) if entry.init)
         return dataclasses.replace(
-            cache, **{name: mapped(getattr(cache, name), function) for name in fields}
+            cache, **{name: _mapped_parts(getattr(cache, name), function) for name in fields}
         )
-    return cache
+    return function(cache)
+
+
+def parts_of(cache: Any) -> list[Any]:
+    """The tensors of a cache, in the order of `mapped`, and what else it holds but None."""
+    found: list[Any] = []
+
+    def collect(part: Any) -> Any:
+        found.append(part)
+        return part
+
+    _mapped_parts(cache, collect)
+    return [part for part in found if part is not None]
 
 
 def tensors_of(cache: Any) -> list[Tensor]:
     """The tensors of a cache, in the order of `mapped`."""
-    found: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    mapped(cache, collect)
-    return found
+    return [part for part in parts_of(cache) if isinstance(part, Tensor)]
 
 
 def check_cache_class(cache: object, wanted: type, owner: object) -> None:

@@ -5,8 +5,9 @@
                                      changes the cache in place
 
 A cache is a tensor whose first dimension is the batch, or a list, tuple, dict or dataclass of
-such; HNet steps some rows of a batch by gathering them and putting the new ones back. A module that
-can do better names `rows` in its step, and gets a `cache.Rows`: see there. A module may also have
+such; HNet steps some rows of a batch by gathering them and putting the new ones back. So a position
+must be a tensor too, one a row. A module that can do better names `rows` in its step, and gets a
+`cache.Rows`: see there; its cache may be anything. A module may also have
 
     extend(x, cache, lens) -> out    the next positions of every row at once, x and out
                                      (batch, length, dim); row r has lens[r] of them, on the left,
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.cache import ALL_ROWS, Rows, mapped, tensors_of
+from h_net_dynamic_chunking.cache import ALL_ROWS, Rows, mapped, parts_of, tensors_of
 from h_net_dynamic_chunking.outputs import hidden_states
 from h_net_dynamic_chunking.sequence_module import is_position_wise, unwrapped
 
@@ -40,11 +41,15 @@ def allocate(
     """A cache for the module before the first position; None for one that needs none.
 
     Raises:
-        ValueError: the module cannot decode.
+        ValueError: the module cannot decode, or some rows of its cache cannot be told from others.
     """
     module = unwrapped(module)
     if _can_step(module):
-        return _method(module, "allocate_inference_cache")(batch_size, max_seqlen, dtype)
+        cache = _method(module, "allocate_inference_cache")(batch_size, max_seqlen, dtype)
+        methods = [method for method in ("step", "extend") if hasattr(module, method)]
+        if not all(_names_rows(_method(type(module), method)) for method in methods):
+            _check_rows(name, cache, batch_size)
+        return cache
     if is_position_wise(module):
         return None
     raise ValueError(
@@ -131,6 +136,18 @@ def _extend_by_steps(
         out = hidden_states(step(name, module, x_t, cache, at_t), name)
         outs.append(out if lens is None else out.where((lens > t)[:, None], 0))
     return torch.stack(outs, dim=1)
+
+
+def _check_rows(name: str, cache: Any, batch_size: int) -> None:
+    """Raise ValueError unless the cache is made of tensors with a row for each of the batch."""
+    for part in parts_of(cache):
+        if not isinstance(part, Tensor) or part.shape[:1] != (batch_size,):
+            got = tuple(part.shape) if isinstance(part, Tensor) else repr(part)
+            raise ValueError(
+                f"{name} must have a cache of tensors whose first dimension is the batch, "
+                f"{batch_size}, got {got} in it; or let its step take rows "
+                "(h_net_dynamic_chunking.step_module)"
+            )
 
 
 def _part_of(cache: Any, rows: Rows) -> Any:

@@ -112,6 +112,20 @@ def test_modules_that_cannot_decode_are_named() -> None:
         net.allocate_inference_cache(1, 8)
 
 
+@pytest.mark.parametrize("position", [0, torch.zeros(()), torch.zeros(3, 2)], ids=repr)
+def test_caches_whose_rows_cannot_be_told_apart(position: Any) -> None:
+    """A position for the whole batch cannot be right once rows chunk differently."""
+
+    class Counting(RunningSum):
+        def allocate_inference_cache(self, *sizes: Any) -> dict[str, Any]:
+            return {**super().allocate_inference_cache(*sizes), "position": position}
+
+    net = HNet(nn.Identity(), Counting(6), nn.Identity(), 6)
+    message = "network must have a cache of tensors whose first dimension is the batch, 2, got "
+    with pytest.raises(ValueError, match=message):
+        net.allocate_inference_cache(2, 8)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
