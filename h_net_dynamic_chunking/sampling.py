@@ -225,6 +225,8 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """
     if seed is None:
         return torch.randint(LARGEST_SEED, (rows,)).tolist()
+    if not isinstance(seed, (int, Sequence)):
+        raise ValueError(f"seed must be an int or one for each of {rows} rows, got {seed!r}")
     seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:
         raise ValueError(f"seed must be an int or one for each of {rows} rows, got {len(seeds)}")

@@ -264,6 +264,7 @@ def test_results_travel() -> None:
         (["a"], {"stop": ["x", ""]}, "stop must have no empty string"),
         (["a"], {"stop": [1]}, r"stop\[0\] must be bytes or str, got int"),
         (["a"], {"seed": [1, 2]}, "seed must be an int or one for each of 1 rows, got 2"),
+        (["a"], {"seed": 1.5}, "seed must be an int or one for each of 1 rows, got 1.5"),
         (["a"], {"plan": "fast"}, "plan must be one of auto, compact, masked, got 'fast'"),
         (["a"], {"stream": True, "logprobs": True}, "logprobs must be False with stream"),
     ],
