@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking import step_module
 from h_net_dynamic_chunking.boundary_masks import check_masks, padded_masks
-from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows
+from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows, mapped
 from h_net_dynamic_chunking.config import HNetConfig
 from h_net_dynamic_chunking.h_net_inference import Decision, HNetCache, HNetInference, spread
 from h_net_dynamic_chunking.layers import Isotropic
@@ -48,6 +48,16 @@ class InferenceCache:
     def batch_size(self) -> int:
         """Rows of the batch."""
         return self.positions.seen.shape[0]
+
+    def clone(self) -> "InferenceCache":
+        """A cache that remembers the same, shares no tensor with this one, and goes its own way.
+
+        Recorded steps stay behind: they hold the addresses of this one.
+        """
+        backbone = mapped(self.backbone, torch.clone)
+        if isinstance(backbone, HNetCache):
+            return InferenceCache(self.config, backbone.positions, backbone)
+        return InferenceCache(self.config, mapped(self.positions, torch.clone), backbone)
 
 
 class LMInference(nn.Module):
