@@ -109,11 +109,25 @@ def draw(
         seen: bool (batch, vocab): ids that the row has read; needed by the repetition penalty.
     """
     logits = logits.float()
-    filtered = logits
+    ids = inverse_cdf(distribution(logits, parameters, seen), uniform)
+    logprobs = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return Draw(ids, logprobs)
+
+
+def distribution(logits: Tensor, parameters: Parameters, seen: Tensor | None = None) -> Tensor:
+    """What `draw` draws from: float32 (batch, vocab), each row with the sum 1.
+
+    Args as there; parameters of one row serve any number. At temperature 0 all is with one id.
+
+    >>> greedy = Sampling(temperature=0).parameters(1, torch.device("cpu"))
+    >>> distribution(torch.tensor([[1.0, 3.0, 3.0]]), greedy).tolist()
+    [[0.0, 1.0, 0.0]]
+    """
+    filtered = logits.float()
     if parameters.repetition_penalty is not None:
         assert seen is not None, "a repetition penalty needs to know what was seen"
         filtered = penalized(filtered, seen, parameters.repetition_penalty)
-    greedy = filtered.argmax(-1)  # the first of several
+    greedy = filtered.argmax(-1, keepdim=True)  # the first of several
     filtered = tempered(filtered, parameters.temperature)
     if parameters.top_k is not None:
         filtered = keep_top_k(filtered, parameters.top_k)
@@ -121,10 +135,9 @@ def draw(
         filtered = keep_top_p(filtered, parameters.top_p)
     if parameters.min_p is not None:
         filtered = keep_min_p(filtered, parameters.min_p)
-    drawn = inverse_cdf(filtered.softmax(-1), uniform)
-    ids = torch.where(parameters.temperature.squeeze(-1) > 0, drawn, greedy)
-    logprobs = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return Draw(ids, logprobs)
+    probs = filtered.softmax(-1)
+    certain = torch.zeros_like(probs).scatter(-1, greedy, 1.0)
+    return torch.where(parameters.temperature > 0, probs, certain)
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
