@@ -99,7 +99,7 @@ class Decoding:
         keep_depths: bool = False,
         each_step: bool = False,
     ) -> None:
-        _check(model, prompts, max_new_bytes, bos, plan)
+        check_generation(model.config, prompts, max_new_bytes, bos, plan)
         device = next(model.parameters()).device
         batch = len(prompts)
         self.prompt_depths: list[Tensor] = []
@@ -296,12 +296,17 @@ def _written(values: list[int], start: int, row: int) -> bytes:
     return bytes(values[: values.index(NO_BYTE)] if NO_BYTE in values else values)
 
 
-def _check(
-    model: SteppingModel, prompts: Sequence[bytes], max_new_bytes: int, bos: bool, plan: str
+def check_generation(
+    config: HNetConfig,
+    prompts: Sequence[bytes],
+    max_new_bytes: int,
+    bos: bool,
+    plan: str = "auto",
 ) -> None:
-    if model.config.vocab_size != BYTE_VALUES:
+    """Raise ValueError, by name, unless these arguments of a `Decoding` can be."""
+    if config.vocab_size != BYTE_VALUES:
         raise ValueError(
-            f"model must have a vocabulary of {BYTE_VALUES} bytes, got {model.config.vocab_size}"
+            f"model must have a vocabulary of {BYTE_VALUES} bytes, got {config.vocab_size}"
         )
     if isinstance(max_new_bytes, bool) or not isinstance(max_new_bytes, int) or max_new_bytes < 0:
         raise ValueError(f"max_new_bytes must be an int of at least 0, got {max_new_bytes!r}")

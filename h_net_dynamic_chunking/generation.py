@@ -190,17 +190,30 @@ def finished(content: bytes, stops: StopStrings, max_new_bytes: int) -> tuple[by
 def prompt_bytes(prompts: Sequence[Text] | Text) -> list[bytes]:
     """Each prompt as bytes."""
     return [
-        _utf8(f"prompts[{row}]", prompt) for row, prompt in enumerate(_several("prompts", prompts))
+        utf8_bytes(f"prompts[{row}]", prompt)
+        for row, prompt in enumerate(_several("prompts", prompts))
     ]
 
 
 def stop_bytes(stop: Sequence[Text] | Text | None) -> list[bytes]:
     """Each stop string as bytes."""
     several = [] if stop is None else _several("stop", stop)
-    stops = [_utf8(f"stop[{i}]", string) for i, string in enumerate(several)]
+    stops = [utf8_bytes(f"stop[{i}]", string) for i, string in enumerate(several)]
     if b"" in stops:
         raise ValueError("stop must have no empty string, which would end a row before it begins")
     return stops
+
+
+def utf8_bytes(name: str, text: Text) -> bytes:
+    """One text as bytes."""
+    if isinstance(text, (bytes, bytearray)):
+        return bytes(text)
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be bytes or str, got {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is no text that UTF-8 can encode: {error.reason}") from error
 
 
 def _collected(
@@ -259,14 +272,3 @@ def _several(name: str, value: Any) -> Sequence[Text]:
     if not isinstance(value, Sequence):
         raise ValueError(f"{name} must be bytes, str or a sequence of them, got {value!r}")
     return value
-
-
-def _utf8(name: str, text: Text) -> bytes:
-    if isinstance(text, (bytes, bytearray)):
-        return bytes(text)
-    if not isinstance(text, str):
-        raise ValueError(f"{name} must be bytes or str, got {type(text).__name__}")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is no text that UTF-8 can encode: {error.reason}") from error
