@@ -131,15 +131,39 @@ def generate_speculative(
     (16, 'length', 16)
     """
     content = utf8_bytes("prompt", prompt)
-    stops = StopStrings(stop_bytes(stop))
-    sampling = Sampling(temperature, top_k, top_p, min_p)
     (row_seed,) = row_seeds(seed, 1)
-    check_generation(model.config, [content], max_new_bytes, add_bos)
-    check_speculation(model.config, draft)
-    speculation = Speculation(model, max_new_bytes, draft, sampling, row_seed, stops, eos)
+    return speculate(
+        model,
+        content,
+        max_new_bytes,
+        draft=draft,
+        sampling=Sampling(temperature, top_k, top_p, min_p),
+        seed=row_seed,
+        stops=StopStrings(stop_bytes(stop)),
+        bos=add_bos,
+        eos=eos,
+    )
+
+
+def speculate(
+    model: HNetLM,
+    prompt: bytes,
+    max_new_bytes: int,
+    *,
+    draft: int,
+    sampling: Sampling,
+    seed: int,
+    stops: StopStrings,
+    bos: bool,
+    eos: bool,
+) -> Speculated:
+    """`generate_speculative`, of arguments in the form that they have inside."""
+    check_generation(model.config, [prompt], max_new_bytes, bos)
+    check_speculation(model.config, draft, sampling)
+    speculation = Speculation(model, max_new_bytes, draft, sampling, seed, stops, eos)
     if max_new_bytes:
         with evaluating(model.modules()):
-            speculation.read_prompt([*([BOS] if add_bos else []), *content])
+            speculation.read_prompt([*([BOS] if bos else []), *prompt])
             while not speculation.ended:
                 speculation.go_on()
     new, reason = finished(bytes(speculation.written), stops, max_new_bytes)
@@ -324,8 +348,8 @@ class Speculation:
         return torch.rand(1, generator=self._random)
 
 
-def check_speculation(config: HNetConfig, draft: int) -> None:
-    """Raise ValueError unless the model can guess, and `draft` is a number of bytes."""
+def check_speculation(config: HNetConfig, draft: int, sampling: Sampling) -> None:
+    """Raise ValueError unless a model can guess so many bytes that are drawn like this."""
     if not config.stages:
         raise ValueError(
             "model must have a chunker to speculate: an isotropic one has no networks around its "
@@ -333,3 +357,8 @@ def check_speculation(config: HNetConfig, draft: int) -> None:
         )
     if isinstance(draft, bool) or not isinstance(draft, int) or draft < 1:
         raise ValueError(f"draft must be an int of at least 1, got {draft!r}")
+    if sampling.repetition_penalty != 1:
+        raise ValueError(
+            "repetition_penalty must be 1 to speculate: it would depend on guesses, "
+            f"got {sampling.repetition_penalty}"
+        )

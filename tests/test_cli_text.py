@@ -227,6 +227,24 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
+def test_speculation_writes_the_greedy_text(directory: Path) -> None:
+    args = ("generate", "--model", directory, "--prompt", "héllo", "--max-new", 30)
+    greedy = (*args, "--temperature", 0, "--no-eos")
+    (plain,) = map(json.loads, hnet(*greedy, "--json").splitlines())
+    (ahead,) = map(json.loads, hnet(*greedy, "--json", "--speculate", 3).splitlines())
+    for name in ahead.keys() & plain.keys() - {"seed", "seconds", "bytes_per_second"}:
+        assert ahead[name] == plain[name]
+    assert ahead["speculation"]["written"] == 30
+    assert hnet(*greedy, "--speculate", 3) == hnet(*greedy)
+    command = ["generate", "--model", str(directory), "--interactive", "--max-new=9"]
+    lines = CliRunner().invoke(app, [*command, "--speculate=1", "--json"], input="a\nb")
+    assert [json.loads(line)["prompt"] for line in lines.stdout.splitlines()] == ["a", "b"]
+    assert "one prompt, got 2" in complaint(*args, "--prompt", "b", "--speculate", 3)
+    assert "excludes --plan" in complaint(*args, "--plan", "masked", "--speculate", 3)
+    assert "must be 1" in complaint(*args, "--repetition-penalty", 2, "--speculate", 3)
+    assert "draft must be an int of at least 1" in complaint(*args, "--speculate", 0)
+
+
 @pytest.mark.parametrize("bos", [True, False])
 def test_chunks_against_a_forward_by_hand(directory: Path, bos: bool) -> None:
     text = "How is naïve 漢字 cut?"

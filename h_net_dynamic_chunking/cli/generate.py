@@ -23,6 +23,7 @@ from h_net_dynamic_chunking.cli.options import (
     one_sentence_errors,
 )
 from h_net_dynamic_chunking.cli.screen import ChunkWriter, Screen
+from h_net_dynamic_chunking.cli.speculate import check_speculate, write_speculated
 from h_net_dynamic_chunking.generation import stop_bytes
 from h_net_dynamic_chunking.sampling import Sampling, row_seeds
 from h_net_dynamic_chunking.stopping import StopStrings
@@ -64,6 +65,9 @@ def generate_command(
     eos: Annotated[bool, typer.Option("--eos/--no-eos", help="end at EOS = 255")] = True,
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="show the prompt too")] = True,
     plan: Annotated[Plan, typer.Option(help="how rows that open no chunk are stepped")] = "auto",
+    speculate: Annotated[
+        int | None, typer.Option(help="guess so many bytes ahead; no faster (None = do not)")
+    ] = None,
     dtype: StoredFloatTypeOption = None,
     device: DeviceOption = "auto",
     no_color: NoColorOption = False,
@@ -74,12 +78,17 @@ def generate_command(
     Chunks are coloured on a terminal: the hue changes with each chunk of the innermost stage, the
     shade with each chunk of stage 0; the prompt is bold. Elsewhere the text is plain. --json gives
     an object a prompt, a line each, with every byte. Ctrl-C ends the text, and what there is stays.
+
+    --speculate writes one prompt by self-speculation: the text comes at the end and without
+    colours, and --json says what was guessed and kept.
     """
     if interactive and (prompt or file is not None):
         raise ValueError("--interactive excludes --prompt and --file")
     prompts = None if interactive else prompts_of(prompt, file)
     if seed is not None:
         row_seeds(seed, 1)  # before a model is loaded in vain
+    if speculate is not None:
+        check_speculate(prompts, plan)
     settings = Settings(
         max_new,
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
@@ -90,6 +99,12 @@ def generate_command(
     )
     loaded = load_model(model, config, dtype, device)
     screen = Screen(no_color)
+    if speculate is not None:
+        for text in lines() if prompts is None else prompts:
+            if text or bos or not interactive:
+                shown = echo and not interactive
+                write_speculated(loaded, text, seed, speculate, settings, screen, shown, as_json)
+        return
     if prompts is not None:
         if not write(loaded, prompts, seed, settings, screen, echo, as_json):
             raise typer.Exit(INTERRUPTED)
