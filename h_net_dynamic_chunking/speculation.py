@@ -282,7 +282,7 @@ class Speculation:
         self._drafted += len(draft.guesses)
         for place, guess in enumerate(draft.guesses, start=sure):
             true, byte = after[place - 1], content[place]
-            if not self._uniform() * guess[byte] < true[byte]:
+            if self._uniform() * guess[byte] >= true[byte]:
                 self._replace(content[:place], true, guess)
                 return
             self._kept += 1
