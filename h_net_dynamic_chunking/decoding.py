@@ -99,6 +99,8 @@ class Decoding:
         keep_depths: bool = False,
         each_step: bool = False,
     ) -> None:
+        if not hasattr(model, "config") or not hasattr(model, "allocate_inference_cache"):
+            raise ValueError(f"model must be an HNetLM, got {type(model).__name__}")
         check_generation(model.config, prompts, max_new_bytes, bos, plan)
         device = next(model.parameters()).device
         batch = len(prompts)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST_SEED = 2**63 - 1
+LARGEST_INT64 = 2**63 - 1
 
 
 class Parameters(NamedTuple):
@@ -80,7 +80,7 @@ class Sampling:
         assert temperature is not None
         return Parameters(
             temperature,
-            column(self.top_k, torch.int64),
+            column(None if self.top_k is None else min(self.top_k, LARGEST_INT64), torch.int64),
             column(self.top_p if self.top_p != 1 else None),
             column(self.min_p if self.min_p != 0 else None),
             column(self.repetition_penalty if self.repetition_penalty != 1 else None),
@@ -234,17 +234,17 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """The seed of each row: seed + row, or its own entry; None draws from the global generator.
 
     Raises:
-        ValueError: negative or too large seeds, or not one a row.
+        ValueError: negative or too large seeds, something else than ints, or not one a row.
     """
     if seed is None:
-        return torch.randint(LARGEST_SEED, (rows,)).tolist()
-    if not isinstance(seed, (int, Sequence)):
+        return torch.randint(LARGEST_INT64, (rows,)).tolist()
+    if not isinstance(seed, (int, Sequence)) or isinstance(seed, bool):
         raise ValueError(f"seed must be an int or one for each of {rows} rows, got {seed!r}")
     seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:
         raise ValueError(f"seed must be an int or one for each of {rows} rows, got {len(seeds)}")
     for value in seeds:
-        if not isinstance(value, int) or not 0 <= value <= LARGEST_SEED:
+        if not isinstance(value, int) or not 0 <= value <= LARGEST_INT64:
             raise ValueError(f"seed must be an int in [0, 2^63), got {value!r}")
     return seeds
 

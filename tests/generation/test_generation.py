@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -276,6 +277,12 @@ def test_bad_arguments_are_named_before_the_model_runs(prompts, options, message
         with pytest.raises(ValueError, match=message):
             generate(model, prompts, **arguments)
         assert not model.allocated
+
+
+@pytest.mark.parametrize("model", [None, "models/hnet_1stage_L", torch.nn.Linear(2, 2)])
+def test_other_models_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match=f"model must be an HNetLM, got {type(model).__name__}"):
+        generate(model, "a", 5)
 
 
 def test_other_vocabularies_are_refused() -> None:

@@ -219,7 +219,15 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
         Sampling(**options)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, [1], [1, 2.0], [1, -2]])
+def test_more_than_all_bytes_are_all_of_them() -> None:
+    """Also where int64 has no such number."""
+    logits, uniform = torch.randn(2, 256), torch.rand(2, 1)
+    everything = draw(logits, uniform, Sampling().parameters(2, logits.device)).ids
+    most = draw(logits, uniform, Sampling(top_k=2**64).parameters(2, logits.device)).ids
+    assert torch.equal(most, everything)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "12", [1], [1, 2.0], [1, -2]])
 def test_bad_seeds_are_named(seed) -> None:
     with pytest.raises(ValueError, match="seed must be an int"):
         row_seeds(seed, 2)
