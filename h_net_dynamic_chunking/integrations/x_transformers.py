@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking.cache import ALL_ROWS, Rows, check_cache_class
 
+# Options of x-transformers' attention that need more of the past than the keys and values that its
+# cache keeps, so that its steps would not be its forward.
+_OF_THE_WHOLE_PAST = ("data_dependent_alibi", "orthog_projected_values", "selective")
+
 
 @dataclass
 class DecoderCache:
@@ -30,7 +34,8 @@ class SteppedDecoder(nn.Module):
         decoder: with a causal attention and no cross attention.
 
     Raises:
-        ValueError: something else than x-transformers' attention layers.
+        ValueError: something else than x-transformers' attention layers, or one that attends to
+            another sequence.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -38,6 +43,8 @@ class SteppedDecoder(nn.Module):
             raise ValueError(
                 f"decoder must be an x_transformers.Decoder, got {type(decoder).__name__}"
             )
+        if getattr(decoder, "cross_attend", False):
+            raise ValueError("decoder must have cross_attend=False: there is nothing else to see")
         super().__init__()
         self.decoder = decoder
 
@@ -48,7 +55,17 @@ class SteppedDecoder(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> DecoderCache:
-        """A cache for `batch_size` rows of up to `max_seqlen` positions, before the first."""
+        """A cache for `batch_size` rows of up to `max_seqlen` positions, before the first.
+
+        Raises:
+            ValueError: an option of the decoder with which its steps are not its forward.
+        """
+        option = _option_of_the_whole_past(self.decoder)
+        if option is not None:
+            raise ValueError(
+                f"decoder must be without {option} to decode: x-transformers' cache does not keep "
+                "what it needs"
+            )
         return DecoderCache([None] * batch_size, max_seqlen)
 
     def check_inference_cache(
@@ -95,3 +112,14 @@ class SteppedDecoder(nn.Module):
             )
             outs.append(out)
         return torch.cat(outs, dim=1)
+
+
+def _option_of_the_whole_past(decoder: nn.Module) -> str | None:
+    """The first option in use that x-transformers' cache leaves out."""
+    for module in decoder.modules():
+        if type(module).__name__ == "ShiftTokens":
+            return "shift_tokens"
+        for name in _OF_THE_WHOLE_PAST:
+            if getattr(module, name, None):
+                return name
+    return None

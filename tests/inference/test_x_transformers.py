@@ -1,5 +1,7 @@
 """x-transformers' Decoder inside an HNet: steps and pieces give the numbers of forward."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -37,3 +39,21 @@ def test_decoders_in_every_place(masked: bool) -> None:
 def test_other_modules_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must be an x_transformers.Decoder, got Linear"):
         SteppedDecoder(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="decoder must have cross_attend=False"):
+        SteppedDecoder(x_transformers.Decoder(dim=16, depth=1, heads=2, cross_attend=True))
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ({"shift_tokens": 1}, "shift_tokens"),
+        ({"attn_data_dependent_alibi": True}, "data_dependent_alibi"),
+        ({"attn_orthog_projected_values": True}, "orthog_projected_values"),
+        ({"attn_selective": True}, "selective"),
+    ],
+)
+def test_options_whose_steps_are_not_forward(option: dict[str, Any], name: str) -> None:
+    layers = x_transformers.Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, **option)
+    net = HNet(nn.Identity(), SteppedDecoder(layers), nn.Identity(), 16)
+    with pytest.raises(ValueError, match=f"decoder must be without {name} to decode"):
+        net.allocate_inference_cache(1, 8)
