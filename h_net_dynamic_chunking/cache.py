@@ -60,7 +60,7 @@ class Rows:
 ALL_ROWS = Rows()
 
 
-@dataclass
+@dataclass(eq=False)
 class Positions:
     """How many positions each row has seen, and how many it may see."""
 

@@ -23,7 +23,7 @@ from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels
 
 
-@dataclass
+@dataclass(eq=False)
 class ChunkerCache:
     """What the positions so far leave to the next one."""
 

@@ -28,7 +28,7 @@ from h_net_dynamic_chunking.outputs import hidden_states
 from h_net_dynamic_chunking.sequence_module import unwrapped
 
 
-@dataclass
+@dataclass(eq=False)
 class HNetCache:
     """What one stage, and all inside it, remember between steps."""
 
@@ -107,12 +107,14 @@ class HNetInference(nn.Module):
             dtype: of the tokens to come; that of the weights if None.
 
         Raises:
-            ValueError: a size below 1, a part that cannot decode, or a chunker whose options look
-                ahead.
+            ValueError: a size below 1, a dtype that is none of floats, a part that cannot decode,
+                or a chunker whose options look ahead.
         """
         for name, size in (("batch_size", batch_size), ("max_seqlen", max_seqlen)):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
         sizes = (batch_size, max_seqlen, dtype)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self._device)
         return HNetCache(

@@ -27,7 +27,7 @@ from h_net_dynamic_chunking.step_graphs import StepGraphs, can_record
 Plan = Literal["auto", "compact", "masked"]
 
 
-@dataclass
+@dataclass(eq=False)
 class InferenceCache:
     """What an HNetLM remembers of a batch of texts."""
 
@@ -37,9 +37,7 @@ class InferenceCache:
     """How many bytes each row has read: those of the outermost stage, if there is one."""
     backbone: Any
     """What the layers remember."""
-    graphs: dict[tuple[Backend, tuple[bool, ...]], StepGraphs] = field(
-        default_factory=dict, compare=False
-    )
+    graphs: dict[tuple[Backend, tuple[bool, ...]], StepGraphs] = field(default_factory=dict)
     """On a GPU, the recorded steps: by backend, and by the stages whose boundaries are given."""
     owner: Any = None
     """The model for which the steps were recorded."""

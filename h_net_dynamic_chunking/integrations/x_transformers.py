@@ -17,7 +17,7 @@ from h_net_dynamic_chunking.cache import ALL_ROWS, Rows, check_cache_class
 _OF_THE_WHOLE_PAST = ("data_dependent_alibi", "orthog_projected_values", "selective")
 
 
-@dataclass
+@dataclass(eq=False)
 class DecoderCache:
     """What the decoder remembers of each row: x-transformers' own record, None before the first."""
 

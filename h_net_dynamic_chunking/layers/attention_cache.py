@@ -16,7 +16,7 @@ from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows
 _FIRST_SLOTS = 256
 
 
-@dataclass
+@dataclass(eq=False)
 class AttentionCache:
     """The keys and values of the positions so far."""
 

@@ -31,7 +31,7 @@ from h_net_dynamic_chunking.layers.ssd import CHUNK_SIZE, ssd_chunked, ssd_conti
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype, sequence_of_position
 
 
-@dataclass
+@dataclass(eq=False)
 class MambaCache:
     """What the positions so far leave to the next one."""
 

@@ -181,3 +181,9 @@ def test_bad_caches_change_nothing() -> None:
     for sizes in ((0, 8), (2, 0), (2.0, 8)):
         with pytest.raises(ValueError, match="must be an integer of at least 1, got"):
             net.allocate_inference_cache(*sizes)
+    for dtype in (torch.int64, "float32"):
+        with pytest.raises(
+            ValueError, match=r"dtype must be a floating-point torch\.dtype or None"
+        ):
+            net.allocate_inference_cache(2, 8, dtype)
+    assert full in [wrong, full]  # caches are compared by identity, not tensor by tensor
