@@ -132,7 +132,9 @@ def generate(
             multiplies negative ones. The filters apply in the order penalty, temperature, top_k,
             top_p, min_p.
         seed: row r draws from seed + r, or from its own entry of a sequence, so that a row gives
-            the same bytes alone and in a batch. None takes seeds from torch's global generator.
+            the same bytes alone and in a batch. Rounding is the exception: products of another
+            batch size may round otherwise, which tells in bfloat16 where two bytes, or p and the
+            threshold, are close. None takes seeds from torch's global generator.
         stop: one string or several that end a row and are cut from it. Only new bytes count.
         eos: whether EOS ends a row. It is never part of the result then.
         add_bos: whether the model reads BOS before each prompt. Without, no prompt may be empty.
