@@ -1,5 +1,6 @@
 """The model that an argument names."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from h_net_dynamic_chunking.cli.options import FloatType
 from h_net_dynamic_chunking.config import PRESETS, HNetConfig
 from h_net_dynamic_chunking.lm import HNetLM
 from h_net_dynamic_chunking.training.devices import resolve_device
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def read_config(model: str) -> HNetConfig:
@@ -30,7 +33,7 @@ def load_model(
     seed: int = 0,
     clamp: float | None = None,
 ) -> HNetLM:
-    """A preset with random weights, a directory, or an official .pt.
+    """A preset with random weights, a directory, an official .pt, or a name on the hub.
 
     dtype None is as stored; `clamp` goes before that of its configuration.
     """
@@ -45,11 +48,14 @@ def load_model(
         # Drawn on the CPU in float32, so that the seed means the same weights everywhere.
         torch.manual_seed(seed)
         return HNetLM(PRESETS[source], smoothing_clamp=clamp).to(torch_device, torch_dtype)
-    if path.is_dir():
+    if path.is_dir() or _HUB_NAME.fullmatch(source):
         return HNetLM.from_pretrained(
-            path, device=torch_device, dtype=torch_dtype, smoothing_clamp=clamp
+            source, device=torch_device, dtype=torch_dtype, smoothing_clamp=clamp
         )
-    raise ValueError(f"{source} is no preset ({', '.join(PRESETS)}), no directory and no file")
+    raise ValueError(
+        f"{source} is no preset ({', '.join(PRESETS)}), no directory, no file, and no name on the "
+        "hub such as cartesia-ai/hnet_1stage_L"
+    )
 
 
 def load_official(

@@ -10,7 +10,7 @@ import typer
 # Exit statuses.
 FAILURE = 2
 INTERRUPTED = 130  # as shells have it after Ctrl-C
-MODEL_HELP = "preset (random weights), directory, or official .pt"
+MODEL_HELP = "preset (random weights), directory, official .pt, or name on the hub"
 
 FloatType = Literal["float64", "float32", "bfloat16", "float16"]
 
