@@ -22,7 +22,7 @@ from h_net_dynamic_chunking.cli.options import (
     StoredFloatTypeOption,
     one_sentence_errors,
 )
-from h_net_dynamic_chunking.cli.screen import ChunkWriter, Screen
+from h_net_dynamic_chunking.cli.screen import ChunkWriter, Screen, byte_bar
 from h_net_dynamic_chunking.cli.speculate import check_speculate, write_speculated
 from h_net_dynamic_chunking.generation import stop_bytes
 from h_net_dynamic_chunking.sampling import Sampling, row_seeds
@@ -126,7 +126,7 @@ def write(
 ) -> bool:
     """Continue the prompts and show what came; False after Ctrl-C.
 
-    One prompt is shown as its text comes, several one after another at the end.
+    One prompt is shown as its text comes; several one after another at the end, and a bar before.
     """
     # Known, and part of the JSON, so that a text that was met by chance can be had again.
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -137,9 +137,11 @@ def write(
     live = len(rows) == 1 and not as_json
     finished = True
     try:
-        for _ in continue_rows(model, rows, settings, each_step=live):
-            if live:
-                views[0].update()
+        with byte_bar(len(rows) * settings.max_new, shown=not live) as show:
+            for _ in continue_rows(model, rows, settings, each_step=live):
+                if live:
+                    views[0].update()
+                show(sum(len(row.content) for row in rows))
     except KeyboardInterrupt:
         finished = False
         for row in rows:

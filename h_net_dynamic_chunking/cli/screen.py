@@ -1,11 +1,13 @@
 """Text on stdout: chunks in colours where a terminal shows them, plain text elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 
 import typer
 from rich.console import Console
+from rich.progress import DownloadColumn, Progress
 from rich.style import Style
 from rich.text import Text
 
@@ -71,3 +73,18 @@ class ChunkWriter:
         looks = [(self._styles.at(depth), text) for text, depth in characters]
         for look, run in groupby(looks, key=itemgetter(0)):
             self._screen.styled("".join(text for _, text in run), look, bold)
+
+
+@contextmanager
+def byte_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield what takes the number of bytes so far; a bar on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        *Progress.get_default_columns(),
+        DownloadColumn(),
+        console=console,
+        transient=True,
+        disable=not (shown and console.is_terminal),
+    ) as progress:
+        task = progress.add_task("writing", total=total)
+        yield lambda count: progress.update(task, completed=count)
