@@ -10,8 +10,8 @@ final. A byte that opens one calls for the networks inside. Speculation puts tha
 
 The text has the distribution of the model, whatever q is (Leviathan et al. 2023, arXiv 2211.17192,
 theorem 1), and is the greedy one at temperature 0. It saves a call of the networks inside for every
-chunk that opens within kept guesses, and costs one for every refusal. benchmarks/RESULTS.md says
-what came of it: on our models it is slower than `generate`.
+chunk that opens within kept guesses, costs one for every refusal, and runs the networks outside
+twice. benchmarks/RESULTS.md says what comes of it; `generate` is the one to use.
 """
 
 from collections.abc import Sequence
