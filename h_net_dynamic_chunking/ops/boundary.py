@@ -206,3 +206,4 @@ def _backward(ctx: Any, grad_p: Tensor) -> tuple[Tensor, None]:
 
 
 _boundary_probability.register_autograd(_backward, setup_context=_setup_context)
+_boundary_probability_backward.refuse_autograd()

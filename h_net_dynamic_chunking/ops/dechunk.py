@@ -254,3 +254,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
 
 
 _dechunk.register_autograd(_backward, setup_context=_setup_context)
+_dechunk_backward.refuse_autograd()

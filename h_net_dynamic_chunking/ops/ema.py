@@ -388,3 +388,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor | No
 
 
 _ema.register_autograd(_backward, setup_context=_setup_context)
+_ema_backward.refuse_autograd()

@@ -156,3 +156,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, Tens
 
 
 _expand.register_autograd(_backward, setup_context=_setup_context)
+_expand_backward.refuse_autograd()

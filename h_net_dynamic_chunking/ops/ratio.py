@@ -92,3 +92,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[None, Tensor | No
 
 
 _ratio_loss.register_autograd(_backward, setup_context=_setup_context)
+_ratio_loss_backward.refuse_autograd()

@@ -23,8 +23,11 @@ class Operation:
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         self._name = f"h_net::{name}"
         self._overload = getattr(torch.ops.h_net, name).default
+        self._refuses = False
 
     def __call__(self, *arguments: Any) -> Any:
+        if self._refuses and torch.is_grad_enabled():
+            return _Refusing.apply(self._name, self._overload, *arguments)  # type: ignore[no-untyped-call]  # torch's
         return self._overload(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,6 +42,27 @@ class Operation:
         torch.library.register_autograd(
             self._name, backward, setup_context=setup_context, lib=_LIBRARY
         )
+
+    def refuse_autograd(self) -> None:
+        """A derivative of the results raises RuntimeError: torch would take them for constants.
+
+        For backward passes, whose derivative is a second one. As a kernel for autograd this would
+        cost 6 us a call (CPU, torch 2.13.0), wanted or not; so it stands before the call.
+        """
+        self._refuses = True
+
+
+class _Refusing(torch.autograd.Function):
+    """Calls an operation, and has no backward."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, overload: Any, *arguments: Any) -> Any:
+        ctx.name = name
+        return overload(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name} has no derivative: it is a derivative already")
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:

@@ -1,0 +1,49 @@
+"""What registration promises of every operation, beside what opcheck looks at."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops import (
+    boundary_probability_of_pairs,
+    dechunk,
+    ema_smooth,
+    expand,
+    segment,
+    use_backend,
+)
+from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
+from tests.ops.triton_cases import DEVICE
+from tests.support import assert_close, boundaries, cumulative, probabilities, randn
+
+CU_SEQLENS, MASK = cumulative([3, 0, 4], DEVICE), boundaries(7, device=DEVICE)
+SEGMENTATION = segment(MASK, CU_SEQLENS)
+
+DIFFERENTIABLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "boundary_probability": lambda x, p: boundary_probability_of_pairs(x, CU_SEQLENS) * p,
+    "ema": lambda x, p: ema_smooth(x, p, CU_SEQLENS).chunks,
+    "expand": lambda x, p: expand(x, torch.arange(len(x), device=DEVICE), p),
+    "dechunk": lambda x, p: dechunk(SEGMENTATION.select(x), p, SEGMENTATION),
+    "ratio_loss": lambda x, p: pooled_ratio_loss(MASK, p, CU_SEQLENS, 6.0) * x.sum(),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_second_derivative_is_refused_and_never_zero(name: str, backend: str) -> None:
+    """A first one with create_graph=True is what it is without."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    inputs = randn(7, 4, device=DEVICE), probabilities(7, device=DEVICE)
+    x, p = (i.detach().float().requires_grad_() for i in inputs)
+    with use_backend(backend):  # type: ignore[arg-type]
+        loss = DIFFERENTIABLE[name](x, p).square().sum()
+        plain = torch.autograd.grad(loss, (x, p), retain_graph=True)
+        first = torch.autograd.grad(loss, (x, p), create_graph=True)
+        for got, want in zip(first, plain, strict=True):
+            assert_close("first derivative", got, want.double())
+        with pytest.raises(RuntimeError, match=f"h_net::{name}_backward has no derivative"):
+            torch.autograd.grad(sum(g.square().sum() for g in first), (x, p))  # type: ignore[arg-type]
