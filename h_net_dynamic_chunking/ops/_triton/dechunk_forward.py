@@ -213,7 +213,7 @@ def dechunk_fwd(
     """
     return _forward(
         z,
-        p,
+        p.float().contiguous(),
         chunk,
         positions,
         starts,
@@ -264,7 +264,7 @@ def _forward(
     keep_smoothed: bool,
     short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
-    z, p = z.contiguous(), p.float().contiguous()
+    z = z.contiguous()
     total, dim = chunk.shape[0], z.shape[1]
     walk = divide(z, total, _BLOCK_D)
     tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
