@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend
 from h_net_dynamic_chunking.ops.compaction import Segmentation
 from h_net_dynamic_chunking.ops.ema import _ema, _ema_backward
-from h_net_dynamic_chunking.ops.expansion import _expand, _expand_backward
+from h_net_dynamic_chunking.ops.expansion import _expand, _expand_backward, runs_on_triton
 from h_net_dynamic_chunking.ops.packing import check_packed, check_same_length, gather_or_zero
 from h_net_dynamic_chunking.ops.registration import operation
 
@@ -119,7 +119,7 @@ def _dechunk(
     short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the smoothed chunks, which are empty unless `keep_smoothed`."""
-    if uses_triton(z):
+    if runs_on_triton(z, residual, len(probs)):
         from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
 
         return dechunk_fwd(
@@ -180,7 +180,7 @@ def _dechunk_backward(
     clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and, in float32 (float64 for float64), of the probabilities."""
-    if uses_triton(z):
+    if runs_on_triton(z, None, len(probs)):
         from h_net_dynamic_chunking.ops._triton.dechunk_backward import dechunk_bwd
 
         return dechunk_bwd(

@@ -73,11 +73,18 @@ def expand_step(smoothed: Tensor, residual: Tensor | None = None) -> Tensor:
     return (smoothed.to(dtype) + residual.to(dtype)).to(residual.dtype)
 
 
+def runs_on_triton(chunks: Tensor, residual: Tensor | None, positions: int) -> bool:
+    """Whether the kernels run: torch takes what has no positions, and a residual of float64."""
+    if positions == 0 or not uses_triton(chunks):
+        return False
+    return residual is None or uses_triton(residual)
+
+
 @operation("expand")
 def _expand(
     smoothed: Tensor, chunk_of_position: Tensor, confidence: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    if uses_triton(smoothed) and len(chunk_of_position):
+    if runs_on_triton(smoothed, residual, len(chunk_of_position)):
         from h_net_dynamic_chunking.ops._triton.dechunk_forward import expand_fwd
 
         dtype = smoothed.dtype if residual is None else residual.dtype
@@ -109,7 +116,7 @@ def _expand_backward(
     grad: Tensor, smoothed: Tensor, chunk_of_position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the smoothed chunks, and of the confidence: <grad_t, s_{chunk of t}>."""
-    if uses_triton(smoothed) and len(chunk_of_position):
+    if runs_on_triton(smoothed, None, len(chunk_of_position)):
         from h_net_dynamic_chunking.ops._triton.dechunk_backward import expand_bwd
 
         positions = _positions(chunk_of_position, len(smoothed))

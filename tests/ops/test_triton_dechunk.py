@@ -76,6 +76,27 @@ def test_strided_input_and_tails_of_nan() -> None:
     assert_kernels_agree(lambda z, p: dechunk(z[:, ::2], p, segmentation), z, p)
 
 
+def test_slots_without_any_position() -> None:
+    """As a limit on the chunks leaves them where all sequences are empty."""
+    segmentation = segment(boundaries(0, device=DEVICE), cumulative([0, 0], DEVICE), 3)
+    assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation), randn(6, 5), probabilities(0))
+
+
+def test_a_residual_of_float64_is_for_torch() -> None:
+    """The kernels would round it to float32."""
+    segmentation = segment(boundaries(4, device=DEVICE), cumulative([4], DEVICE))
+    chunks, p = len(segmentation.boundary_positions), torch.ones(4, device=DEVICE)
+    z, residual = torch.zeros(chunks, 2, device=DEVICE), randn(4, 2, device=DEVICE)
+    assert torch.equal(dechunk(z, p, segmentation, residual), residual)
+    assert torch.equal(expand(z, segmentation.chunk_of_position, None, residual), residual)
+    for call in (
+        lambda: dechunk(z, p, segmentation, residual),
+        lambda: expand(z, segmentation.chunk_of_position, None, residual),
+    ):
+        with use_backend("triton"), pytest.raises(ValueError, match="not float64"):
+            call()
+
+
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_what_is_not_finite_stays_in_its_sequence_and_its_future(bad: float) -> None:
     lens = [70, 80, 70]

@@ -11,7 +11,7 @@ from h_net_dynamic_chunking.ops import use_backend
 from tests.support import assert_close, assert_within_low_precision_budget, generator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Over the 64 positions of the smallest block, so that blocks hand on to each other.
+# Over the 32 positions of the smallest block, so that blocks hand on to each other.
 LENS = [[1], [3, 0, 1, 7], [0, 4, 0], [70, 9]]
 # The interpreter rounds bfloat16 toward zero, where the GPU and torch round to nearest.
 LOW_PRECISION = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
