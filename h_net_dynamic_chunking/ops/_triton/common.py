@@ -56,7 +56,9 @@ def launch(
         num_warps: Warps of a program.
     """
     grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
-    values, key, ordinary = arguments.values(), [kernel, num_warps, *constants.values()], True
+    values, key = arguments.values(), [kernel, num_warps, *constants.values()]
+    # On AMD a kernel is compiled for tensors of under 2 GB as well, which the key does not hold.
+    ordinary = torch.version.hip is None
     for value in values:
         if isinstance(value, Tensor):
             key.append(value.dtype)
