@@ -54,7 +54,7 @@ def dechunk(
             fades within some twenty chunks. It is a matter of speed only.
 
     Raises:
-        ValueError: shapes or dtypes off the contract.
+        ValueError: shapes or dtypes off the contract, or a clamp that is not in [0, 0.5).
 
     >>> from h_net_dynamic_chunking.ops import segment
     >>> probs = torch.tensor([1.0, 0.2, 0.5])
@@ -72,6 +72,8 @@ def dechunk(
             raise ValueError(
                 f"residual must have shape {(len(probs), z.shape[1])}, got {tuple(residual.shape)}"
             )
+    if clamp is not None and not 0 <= clamp < 0.5:
+        raise ValueError(f"clamp must be None or in [0, 0.5), got {clamp}")
     if dtype is None:
         dtype = z.dtype if residual is None else residual.dtype
     needs_grad = torch.is_grad_enabled() and (z.requires_grad or probs.requires_grad)

@@ -101,8 +101,9 @@ def test_gradcheck_and_opcheck() -> None:
         segmentation.starts,
         segmentation.cu_chunks,
     )
-    for rest in ((residual, torch.float64, True, True, None, True, False),):
-        torch.library.opcheck(torch.ops.h_net.dechunk.default, (z, p, *indices, *rest))
+    for options in ((residual, torch.float64, True, True), (None, torch.float32, False, False)):
+        rest = *indices, *options, 0.1, True, False
+        torch.library.opcheck(torch.ops.h_net.dechunk.default, (z, p, *rest))
     plain = z.detach(), p.detach(), z.detach()
     torch.library.opcheck(
         torch.ops.h_net.dechunk_backward.default,
@@ -136,9 +137,10 @@ def test_the_sum_is_rounded_to_the_dtype_asked_for() -> None:
         ({"z": torch.zeros(9, 2)}, "z must have as many rows as segmentation.boundary_positions"),
         ({"probs": torch.zeros(3)}, "probs must have as many rows as segmentation.starts"),
         ({"residual": torch.zeros(4, 3)}, r"residual must have shape \(4, 2\)"),
+        ({"clamp": 0.5}, r"clamp must be None or in \[0, 0.5\), got 0.5"),
     ],
 )
-def test_bad_input(change: dict[str, Tensor], message: str) -> None:
+def test_bad_input(change: dict[str, Any], message: str) -> None:
     segmentation = segment(torch.ones(4, dtype=torch.bool), torch.tensor([0, 4]))
     arguments = {"z": torch.zeros(4, 2), "probs": torch.zeros(4), **change}
     with pytest.raises(ValueError, match=message):
