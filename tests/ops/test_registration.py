@@ -47,3 +47,13 @@ def test_a_second_derivative_is_refused_and_never_zero(name: str, backend: str) 
             assert_close("first derivative", got, want.double())
         with pytest.raises(RuntimeError, match=f"h_net::{name}_backward has no derivative"):
             torch.autograd.grad(sum(g.square().sum() for g in first), (x, p))  # type: ignore[arg-type]
+
+
+def test_opcheck_of_what_has_no_tests_of_its_own() -> None:
+    p, slope = randn(7, device=DEVICE), torch.ones((), dtype=torch.float64, device=DEVICE)
+    ops = torch.ops.h_net
+    torch.library.opcheck(ops.ratio_loss.default, (MASK, p, CU_SEQLENS, 6.0))
+    backward = slope, slope, p.detach(), CU_SEQLENS
+    torch.library.opcheck(ops.ratio_loss_backward.default, backward)
+    sizes = torch.tensor([4, 2], device=DEVICE)
+    torch.library.opcheck(ops.trim.default, (SEGMENTATION.boundary_positions, sizes))
