@@ -12,7 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.packing import in_some_sequence, sequence_of_position
+from h_net_dynamic_chunking.ops.packing import (
+    check_cu_seqlens,
+    in_some_sequence,
+    sequence_of_position,
+)
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 
 
@@ -59,7 +63,8 @@ def ratio_loss(
             through. None for the paper's F, which has no gradient.
 
     Raises:
-        ValueError: shapes differ, or target_ratio is not above 1.
+        ValueError: shapes differ, are not (total,) with cu_seqlens, boundary_mask is not bool, or
+            target_ratio is not above 1.
 
     >>> mask = torch.tensor([[True, False, False, True, False, False]])
     >>> round(float(ratio_loss(mask, mask.float(), 3.0)), 6)
@@ -67,7 +72,7 @@ def ratio_loss(
     """
     if target_ratio <= 1:
         raise ValueError(f"target_ratio must be above 1, got {target_ratio}")
-    _check_shapes(boundary_mask, probs, mask)
+    _check_shapes(boundary_mask, probs, mask, cu_seqlens)
     if cu_seqlens is not None and mask is None and not per_sequence and soft_boundaries is None:
         return pooled_ratio_loss(boundary_mask, probs, cu_seqlens, target_ratio)
     real = _real_positions(boundary_mask, mask, cu_seqlens)
@@ -108,7 +113,7 @@ def segmentation_statistics(
     >>> float(segmentation_statistics(mask, mask, mask.float()).positions_per_chunk)
     2.0
     """
-    _check_shapes(boundary_mask, probs, mask)
+    _check_shapes(boundary_mask, probs, mask, cu_seqlens)
     real = _real_positions(boundary_mask, mask, cu_seqlens)
     p = probs.detach().float().where(real, 0.0)
     wanted = (wanted_boundaries & real).sum().float()
@@ -124,7 +129,18 @@ def segmentation_statistics(
     )
 
 
-def _check_shapes(boundary_mask: Tensor, probs: Tensor, mask: Tensor | None) -> None:
+def _check_shapes(
+    boundary_mask: Tensor, probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    if boundary_mask.dtype != torch.bool:
+        raise ValueError(f"boundary_mask must be bool, got {boundary_mask.dtype}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        if boundary_mask.ndim != 1:
+            raise ValueError(
+                f"boundary_mask must have shape (total,) with cu_seqlens, "
+                f"got {tuple(boundary_mask.shape)}"
+            )
     for name, tensor in (("probs", probs), ("mask", mask)):
         if tensor is not None and tensor.shape != boundary_mask.shape:
             raise ValueError(

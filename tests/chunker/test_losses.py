@@ -84,3 +84,9 @@ def test_bad_input() -> None:
         ratio_loss(mask, torch.zeros(3), 1.0)
     with pytest.raises(ValueError, match="probs must have the shape of boundary_mask"):
         ratio_loss(mask, torch.zeros(4), 3.0)
+    with pytest.raises(
+        ValueError, match=r"boundary_mask must have shape \(total,\) with cu_seqlens"
+    ):
+        ratio_loss(mask[:, None], torch.zeros(3, 1), 3.0, cu_seqlens=cumulative([3]))
+    with pytest.raises(ValueError, match=r"boundary_mask must be bool, got torch.float32"):
+        ratio_loss(mask.float(), torch.zeros(3), 3.0)
