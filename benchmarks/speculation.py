@@ -18,8 +18,10 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from h_net_dynamic_chunking.training.batches import training_batch
 from h_net_dynamic_chunking.training.corpus import STANDARD_LIBRARY, open_corpus
 from h_net_dynamic_chunking.training.optimizer import BETAS, clip_gradients, set_learning_rate
 from h_net_dynamic_chunking.training.schedule import Limit, Stopwatch, warmup_stable_decay
+
+Text = TypeVar("Text", bound=bytes)
 
 BATCH, LENGTH, LEARNING_RATE, WEIGHT_DECAY = 4, 512, 2e-3, 0.1
 PROMPT = 256
@@ -95,26 +99,34 @@ def predicted(found: SpeculationStatistics, outer: float, inner: float, best: bo
     return total / found.written
 
 
+def seconds_of(function: Callable[[], Text]) -> tuple[Text, float]:
+    start = time.process_time()
+    text = function()
+    return text, time.process_time() - start
+
+
 def rows(
     model: HNetLM, prompts: list[bytes], temperature: float, new: int, outer: float, inner: float
 ) -> Iterator[list[str]]:
     """A row for `generate`, then one for each length of the draft."""
     options = {"temperature": temperature, "eos": False, "add_bos": False, "seed": 0}
-    start = time.process_time()
-    texts = [generate(model, prompt, new, **options)[0] for prompt in prompts]
-    plain_ms = (time.process_time() - start) * 1e3 / (new * len(prompts))
+    plain, ahead = [], {draft: [] for draft in DRAFTS}
+    for p in prompts:  # in turn, so that all meet the same machine
+        plain.append(seconds_of(lambda p=p: generate(model, p, new, **options)[0]))
+        for n in DRAFTS:
+            run = partial(generate_speculative, model, p, new, draft=n, **options)
+            ahead[n].append(seconds_of(run))
+    texts = [text for text, _ in plain]
+    plain_ms = mean_ms(plain)
     pairs = zip(prompts, texts, strict=True)
     share = sum(share_opening(model, *pair) for pair in pairs) / len(prompts)
     plain_us = outer + share * inner
     name = f"{temperature:g}"
     yield [name, "none", "", f"{1 / share:.2f}", f"{share:.3f}", f"{plain_ms:.2f}", "1", "1", "1"]
-    for draft in DRAFTS:
-        start = time.process_time()
-        ahead = [generate_speculative(model, p, new, draft=draft, **options) for p in prompts]
-        ms = (time.process_time() - start) * 1e3 / (new * len(prompts))
-        if not temperature and ahead != texts:
+    for draft, results in ahead.items():
+        if not temperature and [text for text, _ in results] != texts:
             print("not the greedy text: float32 rounds a step and a verification differently")
-        found = added([text.statistics for text in ahead])
+        found = added([text.statistics for text, _ in results])
         gains = [plain_us / predicted(found, outer, inner, best) for best in (False, True)]
         yield [
             "",
@@ -122,10 +134,15 @@ def rows(
             f"{found.share_kept:.0%}",
             f"{found.bytes_per_verification:.2f}",
             f"{found.calls[1] / found.written:.3f}",
-            f"{ms:.2f}",
-            f"{plain_ms / ms:.2f}",
+            f"{mean_ms(results):.2f}",
+            f"{plain_ms / mean_ms(results):.2f}",
             *(f"{gain:.2f}" for gain in gains),
         ]
+
+
+def mean_ms(results: list[tuple[Text, float]]) -> float:
+    """Milliseconds a byte."""
+    return 1e3 * sum(seconds for _, seconds in results) / sum(len(text) for text, _ in results)
 
 
 def held_out_prompts(content: Tensor, count: int) -> list[bytes]:
