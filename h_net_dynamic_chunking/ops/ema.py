@@ -9,9 +9,10 @@ Contract
     state:       (batch, dim), float, or None for zeros
     out:         smoothed (chunks, dim) in z.dtype, and the next state (batch, dim)
 
-Accumulates in float32 (float64 for float64). In the tail the result is undefined. From a row that
-is not finite on, the rest of its sequence is NaN (on Triton: its channel is not finite, as far as
-the gates pass on more than a trace); no earlier row, no other sequence is touched.
+Accumulates in float32 (float64 for float64). In the tail the result is undefined. From a row
+that is not finite on, or a p that is not, the rest of its sequence is NaN (on Triton: its channel
+is not finite, as far as the gates pass on more than a trace); no earlier row, no other sequence is
+touched.
 
 The recurrence runs in blocks: within a block it is a product with a small lower-triangular matrix
 of decays, and the ends of the blocks obey the same recurrence, so the function calls itself. On 2
@@ -161,8 +162,11 @@ def _scan_reversed(x: Tensor, gates: Tensor) -> Tensor:
 
 
 def _gates(p: Tensor, cu_chunks: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 - p, with zeros at sequence starts, which cut the recurrence, and in the tail."""
-    cut = sequence_starts(cu_chunks, len(p)) | ~in_some_sequence(cu_chunks, len(p))
+    """1 - p, with zeros at sequence starts, which cut the recurrence, and in the tail.
+
+    And where p is not finite: products of gates would carry that over a start.
+    """
+    cut = sequence_starts(cu_chunks, len(p)) | ~in_some_sequence(cu_chunks, len(p)) | ~p.isfinite()
     return (1 - p.to(dtype)).masked_fill_(cut, 0.0)
 
 
@@ -214,7 +218,7 @@ def _ema(
         first, has_one = _first_chunks(cu_chunks, len(z))
         entering = (1 - p[first, None]) * state.to(dtype)
         rows.index_add_(0, first, entering.where(has_one[:, None], 0.0))
-    bad = _take_out_non_finite(rows)
+    bad = _take_out_non_finite(rows) | ~p.isfinite()
     h = _scan(x, _in_blocks(_gates(p, cu_chunks, dtype))).flatten(0, 1)[: len(z)]
     h = h.to(z.dtype)
     fill_rows_(h, _spread(bad, sequence_starts(cu_chunks, len(z))), torch.nan)
@@ -249,7 +253,7 @@ def _ema_backward(
     weight = p.to(dtype).masked_fill(dead, 0.0)
     x = _in_blocks(grad.to(dtype))
     zero_rows_(x.flatten(0, 1)[: len(z)], dead)
-    bad = _take_out_non_finite(x.flatten(0, 1)[: len(z)])
+    bad = _take_out_non_finite(x.flatten(0, 1)[: len(z)]) | ~weight.isfinite()
     starts = sequence_starts(cu_chunks, len(p))
     # u_k = dL/ds_k summed over every later chunk that s_k reaches.
     u = _scan_reversed(x, _in_blocks(_gates(weight, cu_chunks, dtype)))

@@ -171,6 +171,29 @@ def test_what_is_not_finite_stays_in_its_sequence_and_its_future(
     assert gradient[lens[0] :].isfinite().all()
 
 
+@pytest.mark.parametrize("weigh_input", [True, False])
+@pytest.mark.parametrize("at", [100, 250, 399])
+def test_a_probability_of_nan_stays_in_its_sequence_and_its_future(
+    at: int, weigh_input: bool
+) -> None:
+    """Forward in its future, backward in its past as well; at both ends of its sequence too."""
+    z, p = randn(500, 3), probabilities(500)
+    results = []
+    for value in (0.5, torch.nan):
+        with torch.no_grad():
+            p[at] = value
+        smoothed = ema_smooth(z, p, cumulative([100, 300, 100]), weigh_input=weigh_input).chunks
+        gradients = torch.autograd.grad(smoothed, (z, p), torch.ones_like(z))
+        results.append((smoothed, *gradients))
+    (clean, *clean_gradients), (dirty, *gradients) = results
+    assert dirty[at:400].isnan().all()
+    for rows in (slice(0, at), slice(400, 500)):
+        assert_close("smoothed", dirty[rows], clean[rows])
+    for rows in (slice(0, 100), slice(400, 500)):
+        for got, want in zip(gradients, clean_gradients, strict=True):
+            assert_close("gradient", got[rows], want[rows])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
