@@ -115,6 +115,43 @@ def test_what_is_not_finite_stays_in_its_sequence_and_its_future(bad: float) -> 
     assert torch.equal(dirty[same], clean[same])
 
 
+@pytest.mark.parametrize(
+    ("behind", "options"),
+    [
+        (-1, {}),
+        (-1, {"weigh_input": False}),
+        (-1, {"short_memory": True}),
+        (0, {"weigh_input": False}),
+    ],
+)
+def test_a_probability_of_nan_stays_in_its_sequence_and_its_future(
+    behind: int, options: dict[str, Any]
+) -> None:
+    """Forward in its future, backward in its past as well; at both ends of its sequence too."""
+    segmentation = segment(boundaries(110, device=DEVICE), cumulative([30, 60, 20], DEVICE))
+    edges = segmentation.cu_chunks.tolist()
+    at = range(edges[1], edges[2])[behind]
+    first = int(segmentation.boundary_positions[at])
+    z = randn(edges[-1], 3, device=DEVICE).detach().float().requires_grad_()
+    results = []
+    for value in (0.5, torch.nan):
+        p = torch.full((110,), 0.5, device=DEVICE)
+        p[first] = value
+        p.requires_grad_()
+        with use_backend("triton"):
+            out = dechunk(z, p, segmentation, **options)
+            results.append((out, *torch.autograd.grad(out, (z, p), torch.ones_like(out))))
+    clean, dirty = results
+    # The first chunk does not depend on its P unless it is weighed.
+    unused = behind == 0
+    assert dirty[0][first:90].isnan().all() != unused
+    for got, want, starts, ends in zip(
+        dirty, clean, (first, edges[1], 30), (90, edges[2], 90), strict=True
+    ):
+        assert torch.equal(got[:starts], want[:starts])
+        assert torch.equal(got[ends:], want[ends:])
+
+
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("weigh_input", [True, False])
 def test_smoothing_alone(with_state: bool, weigh_input: bool) -> None:

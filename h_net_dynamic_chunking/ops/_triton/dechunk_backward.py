@@ -80,8 +80,10 @@ def begins_kernel(
         i_c += 1
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
-        weight *= _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
-        tl.store(through + i_b, tl.where(counts(weight, NEGLIGIBLE), weight, 0.0))
+        gate = _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
+        # A weight of 0 lets nothing through, not even NaN.
+        m_passes = counts(weight, NEGLIGIBLE) & counts(weight * gate, NEGLIGIBLE)
+        tl.store(through + i_b, tl.where(m_passes, weight * gate, 0.0))
 
 
 @triton.jit

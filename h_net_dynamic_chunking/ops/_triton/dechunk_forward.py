@@ -28,6 +28,12 @@ _ROWS, _CHUNKS = 4, 32
 
 
 @triton.jit
+def _known(gate):
+    """The gate, and 0 for NaN: products would carry that over a start. Its own chunk is NaN."""
+    return tl.where(gate == gate, gate, 0.0)
+
+
+@triton.jit
 def _look_back(
     z,
     p,
@@ -54,17 +60,18 @@ def _look_back(
         m_c = o_c > before
         o_open = tl.load(positions + o_c, mask=m_c, other=0)
         b_p, b_gate = opening(p, starts, o_open, m_c, low, high, True)
-        b_gate = tl.where(m_c, b_gate, 1.0)
         m_newer = (o_c + 1 > before) & (o_back > 0)
         o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
         _, b_newer_gate = opening(p, starts, o_open, m_newer, low, high, True)
-        b_weight = weight * tl.cumprod(tl.where(m_newer, b_newer_gate, 1.0), axis=0)
+        b_newer_gate = tl.where(m_newer, _known(b_newer_gate), 1.0)
+        b_weight = weight * tl.cumprod(b_newer_gate, axis=0)
         m_counts = m_c & counts(b_weight, NEGLIGIBLE)
         m_z = m_counts[:, None] & m_d[None, :]
         b_z = tl.load(z + o_c[:, None] * D + o_d[None, :], mask=m_z, other=0).to(tl.float32)
-        b_share = b_weight * b_p if WEIGH else b_weight
+        b_share = b_weight * b_p if WEIGH else tl.where(b_gate == b_gate, b_weight, b_gate)
         b_state += tl.sum(tl.where(m_counts, b_share, 0.0)[:, None] * b_z, axis=0)
-        weight = tl.sum(tl.where(o_back == CHUNKS - 1, b_weight * b_gate, 0.0))
+        b_passed = b_weight * tl.where(m_c, _known(b_gate), 1.0)
+        weight = tl.sum(tl.where(o_back == CHUNKS - 1, b_passed, 0.0))
         i_c -= CHUNKS
     return b_state, weight
 
