@@ -202,8 +202,9 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 def _segment(
     boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Wanted, kept (empty without a limit), starts, positions (room for all), chunk of position,
-    slot of position, cu_chunks, and the sizes that the host wants: chunks, in the longest."""
+    """Wanted, kept (empty without a limit), starts, positions (room for all; without a limit what
+    lies behind the last chunk may be unwritten), chunk of position, slot of position, cu_chunks,
+    and the sizes that the host wants: chunks, in the longest."""
     if uses_triton(boundary_mask, moves_only=True):
         from h_net_dynamic_chunking.ops._triton import segmentation
 
