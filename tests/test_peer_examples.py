@@ -1,7 +1,7 @@
 """The README examples of other implementations of the H-Net, with the import changed.
 
-In the order of their READMEs; sizes are smaller on a CPU. Not here, because they generate text:
-generate.py of the official code, and `completion_sync` of hnet-impl.
+In the order of their READMEs; sizes are smaller on a CPU. hnet-impl's example imports
+`completion_sync` and never calls it: `generate` takes its place.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
+from h_net_dynamic_chunking import generate as completion_sync
 from h_net_dynamic_chunking.cli import app
 from h_net_dynamic_chunking.random_ids import random_jagged_ids as rand_njt_iids
 from tests.support import DEVICES
@@ -21,15 +22,37 @@ from tests.support import DEVICES
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+def official_files(folder: Path) -> tuple[Path, Path]:
+    """Weights and configuration in the official format, of a small model."""
+    weights, config = folder / "hnet.pt", folder / "configs" / "hnet.json"
+    config.parent.mkdir()
+    torch.manual_seed(0)
+    HNetLM(HNetConfig.preset("hnet_1stage_S")).save_official(config, weights)
+    return weights, config
+
+
+def test_official_generate(tmp_path: Path) -> None:
+    """generate.py --model-path ... --config-path ... --max-tokens N --temperature 1.0 --top-p 1.0
+
+    It asks for prompts on stdin.
+    """
+    weights, config = official_files(tmp_path)
+    command = ["generate", "--model-path", weights, "--config-path", config, "--interactive"]
+    options = ["--max-tokens", 16, "--temperature", 1.0, "--top-p", 1.0, "--seed", 0, "--json"]
+    arguments = list(map(str, [*command, *options]))
+    result = CliRunner().invoke(app, arguments, input="Hello world\n")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["prompt"] == "Hello world"
+    assert len(content["logprobs"]) == 16 or content["finish_reason"] == "eos"
+
+
 def test_hnet_simple_comparison(tmp_path: Path) -> None:
     """comparison.py --model hnet_1stage_L.pt --config configs/hnet_1stage_L.json
 
     There with the official code in bf16 on a GPU, here with the same weights in float32.
     """
-    weights, config = tmp_path / "hnet.pt", tmp_path / "configs" / "hnet.json"
-    config.parent.mkdir()
-    torch.manual_seed(0)
-    HNetLM(HNetConfig.preset("hnet_1stage_S")).save_official(config, weights)
+    weights, config = official_files(tmp_path)
     command = ["compare", weights, weights, "--config-a", config, "--config-b", config, "--json"]
     result = CliRunner().invoke(app, list(map(str, [*command, "--prompt", "Hello world, prog"])))
     assert result.exit_code == 0, result.output
@@ -53,6 +76,8 @@ def test_hnet_impl_usage(device: str) -> None:
     # inference
     iids = rand_njt_iids(docs=docs, slen=slen).to(device)
     logits, _ = m(iids)
+
+    assert len(completion_sync(m, "Hello", 4, seed=0)[0]) <= 4
 
     # training
     lbls = iids.long()  # i.e. torch.randint_like(iids)
