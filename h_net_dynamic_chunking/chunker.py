@@ -359,11 +359,6 @@ class DynamicSequenceChunker(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
 
-    def smoothing_weights(self, probs: Tensor) -> Tensor:
-        """What the smoothing takes for P: the probabilities of the chunks, clamped if asked."""
-        clamp = self.smoothing_clamp
-        return probs if clamp is None else probs.clamp(clamp, 1 - clamp)
-
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod

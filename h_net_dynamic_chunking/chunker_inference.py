@@ -189,7 +189,7 @@ def upsample_step(
     probs, opens = routed
     if not fits_step_kernels(x, chunker.to_queries_keys.weight, rows):
         opening, old = rows.only(opens), rows.read(cache.smoothed)
-        weights = chunker.smoothing_weights(probs)
+        weights = _weights(chunker, probs)
         opening.write(
             cache.smoothed, ema_smooth_step(z, weights, old, weigh_input=_weighs(chunker))
         )
@@ -245,7 +245,7 @@ def _smooth_and_repeat(
     old = rows.read(cache.smoothed)
     smoothed, last = ema_smooth(
         z.to(old.dtype),
-        chunker.smoothing_weights(probs[opens]),
+        _weights(chunker, probs[opens]),
         cu_chunks,
         old,
         weigh_input=_weighs(chunker),
@@ -261,6 +261,12 @@ def _add_residual(chunker: DynamicSequenceChunker, smoothed: Tensor, x: Tensor) 
     """Smoothed chunks (..., dim) and the projection of what the encoder made, in x's dtype."""
     residual = None if chunker.residual_proj is None else chunker.residual(x)
     return expand_step(smoothed, residual).to(x.dtype)
+
+
+def _weights(chunker: DynamicSequenceChunker, probs: Tensor) -> Tensor:
+    """What the smoothing takes for P: the probabilities of the chunks, clamped if asked."""
+    clamp = chunker.smoothing_clamp
+    return probs if clamp is None else probs.clamp(clamp, 1 - clamp)
 
 
 def _weighs(chunker: DynamicSequenceChunker) -> bool:

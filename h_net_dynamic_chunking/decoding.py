@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking.byte_chunks import byte_chunks
 from h_net_dynamic_chunking.config import HNetConfig
+from h_net_dynamic_chunking.lm_inference import check_plan
 from h_net_dynamic_chunking.ops.backend import uses_triton
 from h_net_dynamic_chunking.sampling import Sampling, draw, uniforms
 from h_net_dynamic_chunking.step_graphs import can_record
@@ -22,7 +23,6 @@ from h_net_dynamic_chunking.stopping import NOTHING_YET, StopStrings, ends_with_
 BYTE_VALUES = 256
 BOS = 254
 EOS = 255
-PLANS = ("auto", "compact", "masked")
 
 # Marks in the record of new bytes.
 NO_BYTE = -1
@@ -312,8 +312,7 @@ def check_generation(
         )
     if isinstance(max_new_bytes, bool) or not isinstance(max_new_bytes, int) or max_new_bytes < 0:
         raise ValueError(f"max_new_bytes must be an int of at least 0, got {max_new_bytes!r}")
-    if plan not in PLANS:
-        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    check_plan(plan)
     empty = [str(row) for row, prompt in enumerate(prompts) if not prompt]
     if empty and not bos:
         raise ValueError(

@@ -335,7 +335,7 @@ def check_range(name: str, ids: Tensor, vocab_size: int, besides: int | None = N
 def check_plan(plan: str) -> None:
     """Raise ValueError unless it is one of the plans."""
     if plan not in get_args(Plan):
-        raise ValueError(f"plan must be one of {get_args(Plan)}, got {plan!r}")
+        raise ValueError(f"plan must be one of {', '.join(get_args(Plan))}, got {plan!r}")
 
 
 def check_active(active: Tensor | None, batch_size: int) -> None:

@@ -5,7 +5,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -25,10 +25,9 @@ from h_net_dynamic_chunking.cli.options import (
 from h_net_dynamic_chunking.cli.screen import ChunkWriter, Screen, byte_bar
 from h_net_dynamic_chunking.cli.speculate import check_speculate, write_speculated
 from h_net_dynamic_chunking.generation import stop_bytes
+from h_net_dynamic_chunking.lm_inference import Plan
 from h_net_dynamic_chunking.sampling import Sampling, row_seeds
 from h_net_dynamic_chunking.stopping import StopStrings
-
-Plan = Literal["auto", "compact", "masked"]
 
 
 @one_sentence_errors()
