@@ -1,0 +1,262 @@
+"""States of the recurrence at the edges of segments and of chunks, forward and, for gradients, back.
+
+    forward:   S_after = decay S_before + sum over j of B_j (dt_j decay_j x_j)^T        (N, P)
+    back:      G_before = decay G_after + sum over i of C_i (decay_i dy_i)^T
+
+Each program walks a segment with the state in registers. Once from zero: what the segment adds.
+Then a short walk over the segments gives the state that enters each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.ssd_chunks import Chunks, live_positions, precision
+
+# To be measured.
+WARPS, STAGES = 4, 2
+_BLOCK = 512
+
+
+@triton.jit(do_not_specialize=["length", "chunks", "segments", "span", "batch"])
+def ssd_states_kernel(
+    values,
+    keys,
+    dt,
+    decay,
+    start,
+    cu,
+    entering,
+    passed,
+    states,
+    length,
+    chunks,
+    segments,
+    span,
+    batch,
+    SV: tl.constexpr,
+    SK: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BACK: tl.constexpr,
+    EACH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """EACH: from what enters the segment, store what enters each chunk. Else, from zero, store what
+    leaves the segment, and how much of what enters passes."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_h, i_rs = i_program % H, i_program // H
+    i_row, i_s = i_rs // segments, (i_rs % segments).to(tl.int32)
+    first, last = i_s * span, tl.minimum(i_s * span + span, chunks)
+    live = live_positions(cu, batch, length, PACKED)
+    o_l, o_p, o_n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
+    o_state = o_n[:, None] * P + o_p[None, :]
+    p_entering = entering + (i_rs * H + i_h) * (N * P) + o_state
+    if EACH:
+        b_state = tl.load(p_entering).to(tl.float32)
+    else:
+        b_state = tl.zeros([N, P], tl.float32)
+    through = 1.0
+    for i in tl.range(0, last - first, num_stages=STAGES):
+        i_c = first + i
+        if BACK:
+            i_c = last - 1 - i
+        i_rc = i_row * chunks + i_c
+        o_t = i_c * L + o_l
+        m_t = (o_t < live)[:, None]
+        o_row = (i_row * length + o_t)[:, None]
+        b_v = tl.load(values + o_row * SV + i_h * P + o_p[None, :], mask=m_t, other=0)
+        b_k = tl.load(keys + o_row * SK + o_n[None, :], mask=m_t, other=0)
+        p_decay = decay + (i_rc * H + i_h) * L
+        b_a, a_last = tl.load(p_decay + o_l), tl.load(p_decay + L - 1)
+        start_last = tl.load(start + i_rc * L + L - 1)
+        gate = tl.where(start_last < i_c * L, tl.exp2(a_last), 0.0)
+        if BACK:
+            b_start = tl.load(start + i_rc * L + o_l)
+            b_w = tl.where(b_start < i_c * L, tl.exp2(b_a), 0.0)
+        else:
+            b_dt = tl.load(dt + (i_rc * H + i_h) * L + o_l)
+            b_w = tl.where(o_t >= start_last, b_dt * tl.exp2(a_last - b_a), 0.0)
+        if EACH:
+            p_state = states + (i_rc * H + i_h) * (N * P) + o_state
+            tl.store(p_state, b_state.to(states.dtype.element_ty))
+        b_v = (b_v.to(tl.float32) * b_w[:, None]).to(values.dtype.element_ty)
+        b_state = tl.dot(tl.trans(b_k), b_v, b_state * gate, input_precision=PRECISION)
+        through *= gate
+    if not EACH:
+        tl.store(p_entering, b_state)
+        tl.store(passed + i_rs * H + i_h, through)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def ssd_carry_kernel(
+    states,
+    passed,
+    initial,
+    final,
+    segments,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BACK: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+):
+    """In place: from what each segment adds to what enters it."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_row, i_h = i_program // H, i_program % H
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b_state = tl.zeros([BLOCK], tl.float32)
+    if INITIAL:
+        b_state += tl.load(initial + i_program * SIZE + o)
+    # Four at a time are on their way.
+    for i in range(0, segments, 4):
+        b_0, gate_0, p_0, m_0 = _segment(states, passed, i_row, i, i_h, o, segments, H, SIZE, BACK)
+        b_1, gate_1, p_1, m_1 = _segment(
+            states, passed, i_row, i + 1, i_h, o, segments, H, SIZE, BACK
+        )
+        b_2, gate_2, p_2, m_2 = _segment(
+            states, passed, i_row, i + 2, i_h, o, segments, H, SIZE, BACK
+        )
+        b_3, gate_3, p_3, m_3 = _segment(
+            states, passed, i_row, i + 3, i_h, o, segments, H, SIZE, BACK
+        )
+        tl.store(p_0, b_state, mask=m_0)
+        b_state = b_state * gate_0 + b_0
+        tl.store(p_1, b_state, mask=m_1)
+        b_state = b_state * gate_1 + b_1
+        tl.store(p_2, b_state, mask=m_2)
+        b_state = b_state * gate_2 + b_2
+        tl.store(p_3, b_state, mask=m_3)
+        b_state = b_state * gate_3 + b_3
+    if FINAL:
+        tl.store(final + i_program * SIZE + o, b_state)
+
+
+@triton.jit
+def _segment(
+    states,
+    passed,
+    i_row,
+    i,
+    i_h,
+    o,
+    segments,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    """What the i-th segment of the walk adds, how much passes it, where that stands, and whether
+    there is one; if not, it adds nothing and everything passes."""
+    m_s = tl.zeros_like(o) + i < segments
+    i_s = tl.minimum(i, segments - 1)
+    if BACK:
+        i_s = segments - 1 - i_s
+    i_rsh = (i_row * segments + i_s) * H + i_h
+    p_state = states + i_rsh * SIZE + o
+    b_state = tl.load(p_state, mask=m_s, other=0)
+    return b_state, tl.where(m_s, tl.load(passed + i_rsh), 1.0), p_state, m_s
+
+
+def segment_states(
+    values: Tensor,
+    keys: Tensor,
+    divided: Chunks,
+    span: int,
+    *,
+    back: bool,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
+) -> Tensor:
+    """What enters each segment of `span` chunks: (rows * segments, heads, N, P), float32.
+
+    values:         (total, heads, P), of any stride between positions
+    keys:           (total, N), likewise
+    initial, final: (rows, heads, N, P), float32: what enters the first, and leaves the last
+    """
+    heads, (P, N) = divided.heads, (values.shape[-1], keys.shape[-1])
+    segments = triton.cdiv(divided.chunks, span)
+    entering = values.new_empty(divided.rows * segments, heads, N, P, dtype=torch.float32)
+    passed = entering.new_empty(divided.rows * segments, heads)
+    _walk(values, keys, divided, span, entering, passed, entering, back, each=False)
+    launch(
+        ssd_carry_kernel,
+        (divided.rows * heads, triton.cdiv(N * P, min(_BLOCK, N * P))),
+        {
+            "states": entering,
+            "passed": passed,
+            "initial": entering if initial is None else initial,
+            "final": entering if final is None else final,
+            "segments": segments,
+        },
+        {
+            "H": heads,
+            "SIZE": N * P,
+            "BLOCK": min(_BLOCK, N * P),
+            "BACK": back,
+            "INITIAL": initial is not None,
+            "FINAL": final is not None,
+        },
+        num_warps=4,
+    )
+    return entering
+
+
+def chunk_states(
+    values: Tensor, keys: Tensor, divided: Chunks, span: int, entering: Tensor, *, back: bool
+) -> Tensor:
+    """What enters each chunk, from what enters each segment: (rows * chunks, heads, N, P).
+
+    Going back, a chunk is entered from behind. In the dtype of the values.
+    """
+    states = values.new_empty(divided.rows * divided.chunks, *entering.shape[1:])
+    _walk(values, keys, divided, span, entering, entering, states, back, each=True)
+    return states
+
+
+def _walk(
+    values: Tensor,
+    keys: Tensor,
+    divided: Chunks,
+    span: int,
+    entering: Tensor,
+    passed: Tensor,
+    states: Tensor,
+    back: bool,
+    each: bool,
+) -> None:
+    launch(
+        ssd_states_kernel,
+        entering.shape[0] * divided.heads,
+        {
+            "values": values,
+            "keys": keys,
+            **divided.tensors,
+            "entering": entering,
+            "passed": passed,
+            "states": states,
+            "length": divided.length,
+            "chunks": divided.chunks,
+            "segments": triton.cdiv(divided.chunks, span),
+            "span": span,
+            "batch": divided.batch,
+        },
+        {
+            "SV": values.stride(0),
+            "SK": keys.stride(0),
+            "P": values.shape[-1],
+            "N": keys.shape[-1],
+            "BACK": back,
+            "EACH": each,
+            "PRECISION": precision(values.dtype),
+            "STAGES": STAGES,
+            **divided.constants,
+        },
+        num_warps=WARPS,
+    )
