@@ -18,6 +18,8 @@ from h_net_dynamic_chunking.ops._triton.ssd_states import segment_states
 # To be measured. Positions of a chunk, and how many programs a walk should have.
 CHUNK, WARPS, STAGES = 64, 4, 2
 PROGRAMS = 2048
+# Positions of a segment: a multiple of the first, which the size of every chunk divides.
+SEGMENT, LONGEST = 128, 2048
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "segments", "span", "batch"])
@@ -91,9 +93,12 @@ def ssd_forward_kernel(
 
 
 def span_of(divided: Chunks) -> int:
-    """Chunks of a segment: few segments, whose states go through memory, but enough programs."""
-    wanted = divided.rows * divided.chunks * divided.heads // PROGRAMS
-    return max(1, min(wanted, 2048 // divided.size))
+    """Chunks of a segment: few segments, whose states go through memory, but enough programs.
+
+    In positions it does not depend on the size of the chunks.
+    """
+    wanted = divided.rows * divided.length * divided.heads // PROGRAMS
+    return max(SEGMENT, min(wanted // SEGMENT * SEGMENT, LONGEST)) // divided.size
 
 
 def ssd_fwd(
