@@ -25,7 +25,13 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton import ssd_forward
 from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
-from h_net_dynamic_chunking.ops._triton.ssd_chunks import Chunks, divide, live_positions, precision
+from h_net_dynamic_chunking.ops._triton.ssd_chunks import (
+    Chunks,
+    divide,
+    fitting,
+    live_positions,
+    precision,
+)
 from h_net_dynamic_chunking.ops._triton.ssd_states import chunk_states, segment_states
 
 # To be measured. Positions of a chunk, and how many programs should have a part of the heads.
@@ -369,7 +375,9 @@ def ssd_bwd(
     Shapes and strides as of `ssd_fwd`, the gradients' too: each of its own stride between
     positions. `entering` is what `ssd_fwd` returned beside y; None computes it again.
     """
-    divided = divide(dt, A, cu, rows, CHUNK)
+    size, pairs_stages = fitting(x.dtype, CHUNK, PAIRS_STAGES)
+    _, keys_stages = fitting(x.dtype, CHUNK, KEYS_STAGES)
+    divided = divide(dt, A, cu, rows, size)
     span = ssd_forward.span_of(divided)
     if entering is None:
         entering = segment_states(x, B, divided, span, back=False)
@@ -383,7 +391,7 @@ def ssd_bwd(
     per_group = triton.cdiv(heads, max(1, min(PROGRAMS // blocks, heads)))
     groups = triton.cdiv(heads, per_group)
     begin, end, enter, leave = torch.empty(
-        4, blocks, heads, CHUNK, dtype=torch.float32, device=x.device
+        4, blocks, heads, size, dtype=torch.float32, device=x.device
     )
     across, part_A = begin.new_empty(2, blocks, heads)
     inputs = {"grad": grad, "x": x, "B": B}
@@ -391,7 +399,7 @@ def ssd_bwd(
     heads_of = {"per_group": per_group, "batch": divided.batch}
     strides = {"SG": grad.stride(0), "SX": x.stride(0), "SB": B.stride(0)}
     sizes = {"P": x.shape[2], "N": B.shape[1], "PRECISION": precision(x.dtype)}
-    grad_products = begin.new_empty(groups, blocks, CHUNK, CHUNK)
+    grad_products = begin.new_empty(groups, blocks, size, size)
     launch(
         ssd_pairs_kernel,
         (blocks, groups),
@@ -412,7 +420,7 @@ def ssd_bwd(
             **strides,
             "SGX": grad_x.stride(0),
             **sizes,
-            "STAGES": PAIRS_STAGES,
+            "STAGES": pairs_stages,
             **divided.constants,
         },
         num_warps=PAIRS_WARPS,
@@ -448,7 +456,7 @@ def ssd_bwd(
             "SGB": to_B.stride(-2),
             "SGC": to_C.stride(-2),
             **sizes,
-            "STAGES": KEYS_STAGES,
+            "STAGES": keys_stages,
             **divided.constants,
         },
         num_warps=KEYS_WARPS,

@@ -1,8 +1,8 @@
 """Chunks of the state-space recurrence: how a buffer is divided, and the decays inside each chunk.
 
-A buffer is `rows` of `length` positions: one row if it is packed. Each row is divided into chunks of
-L positions and its chunks into segments of `span`. What is kept for each chunk and head is laid out
-(rows * chunks, heads, L), with zeros for dt where there is no position.
+A buffer is `rows` of `length` positions: one row if it is packed. Each row is divided into chunks
+of L positions and its chunks into segments of `span`. What is kept for each chunk and head is laid
+out (rows * chunks, heads, L), with zeros for dt where there is no position.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class Chunks(NamedTuple):
     dt: Tensor
     """(rows * chunks, heads, L), float32."""
     decay: Tensor
-    """(rows * chunks, heads, L), float32: log2 of the decay from before the chunk to each position."""
+    """(rows * chunks, heads, L), float32: log2 of the decay from before the chunk to there."""
     start: Tensor
     """(rows * chunks, L), int32: where in the row the sequence of each position starts. -1 if the
     state at the start of the row is its own."""
@@ -155,6 +155,11 @@ def divide(
         num_warps=4,
     )
     return divided
+
+
+def fitting(dtype: torch.dtype, size: int, stages: int) -> tuple[int, int]:
+    """Positions of a chunk and stages of a loop: of float32 less fits into shared memory."""
+    return (min(size, 32), 1) if dtype == torch.float32 else (size, stages)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ from h_net_dynamic_chunking.ops._triton.ssd_chunks import (
     Chunks,
     at_or_before,
     divide,
+    fitting,
     live_positions,
     precision,
 )
@@ -125,7 +126,8 @@ def ssd_fwd(
     initial, final: (rows, heads, N, P), float32: the state before, and (written) behind each row
     """
     total, heads, P = x.shape
-    divided = divide(dt, A, cu, rows, CHUNK, continues=initial is not None)
+    size, stages = fitting(x.dtype, CHUNK, STAGES)
+    divided = divide(dt, A, cu, rows, size, continues=initial is not None)
     span = span_of(divided)
     entering = segment_states(x, B, divided, span, back=False, initial=initial, final=final)
     y = torch.empty(total, heads, P, dtype=x.dtype, device=x.device)
@@ -154,7 +156,7 @@ def ssd_fwd(
             "P": P,
             "N": B.shape[1],
             "PRECISION": precision(x.dtype),
-            "STAGES": STAGES,
+            "STAGES": stages,
             **divided.constants,
         },
         num_warps=WARPS,

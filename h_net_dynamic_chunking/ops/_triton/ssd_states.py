@@ -1,4 +1,4 @@
-"""States of the recurrence at the edges of segments and of chunks, forward and, for gradients, back.
+"""States of the recurrence at the edges of segments and of chunks, forward and back.
 
     forward:   S_after = decay S_before + sum over j of B_j (dt_j decay_j x_j)^T        (N, P)
     back:      G_before = decay G_after + sum over i of C_i (decay_i dy_i)^T
@@ -13,7 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import launch
-from h_net_dynamic_chunking.ops._triton.ssd_chunks import Chunks, live_positions, precision
+from h_net_dynamic_chunking.ops._triton.ssd_chunks import (
+    Chunks,
+    fitting,
+    live_positions,
+    precision,
+)
 
 # To be measured.
 WARPS, STAGES = 4, 2
@@ -58,10 +63,9 @@ def ssd_states_kernel(
     o_l, o_p, o_n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
     o_state = o_n[:, None] * P + o_p[None, :]
     p_entering = entering + (i_rs * H + i_h) * (N * P) + o_state
+    b_state = tl.zeros([N, P], tl.float32)
     if EACH:
-        b_state = tl.load(p_entering).to(tl.float32)
-    else:
-        b_state = tl.zeros([N, P], tl.float32)
+        b_state += tl.load(p_entering)
     through = 1.0
     for i in tl.range(0, last - first, num_stages=STAGES):
         i_c = first + i
@@ -255,7 +259,7 @@ def _walk(
             "BACK": back,
             "EACH": each,
             "PRECISION": precision(values.dtype),
-            "STAGES": STAGES,
+            "STAGES": fitting(values.dtype, divided.size, STAGES)[1],
             **divided.constants,
         },
         num_warps=WARPS,
