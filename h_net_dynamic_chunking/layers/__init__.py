@@ -10,7 +10,6 @@ from h_net_dynamic_chunking.layers.isotropic import Isotropic, MixerFactory, par
 from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
-from h_net_dynamic_chunking.layers.ssd import ssd_chunked, ssd_continued
 
 __all__ = [
     "AttentionCache",
@@ -23,6 +22,4 @@ __all__ = [
     "RMSNorm",
     "SwiGLU",
     "parse_layout",
-    "ssd_chunked",
-    "ssd_continued",
 ]

@@ -1,6 +1,6 @@
-"""Mamba-2 mixer in plain torch, for any device and length: the paper's layer M without its MLP.
+"""Mamba-2 mixer, for any device and length: the paper's layer M without its MLP.
 
-The recurrence is in `ssd`. `Mamba2.step` and `Mamba2.extend` are the same layer one or more
+The recurrence is in `ops.ssd`. `Mamba2.step` and `Mamba2.extend` are the same layer one or more
 positions at a time, from a cache. Parameters are named as in the official H-Net checkpoints.
 """
 
@@ -27,8 +27,8 @@ from h_net_dynamic_chunking.layers._checks import (
 )
 from h_net_dynamic_chunking.layers._packed import zero_tail
 from h_net_dynamic_chunking.layers.norm import RMSNorm
-from h_net_dynamic_chunking.layers.ssd import CHUNK_SIZE, ssd_chunked, ssd_continued
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype, sequence_of_position
+from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd, ssd_continued
 
 
 @dataclass(eq=False)
@@ -112,16 +112,14 @@ class Mamba2(nn.Module):
     def _mix(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """`(batch, length, d_model)` -> the same; packed sequences are one row."""
         gate, conv_in, dt = self._project(x)
-        sequence = None
         if cu_seqlens is None:
-            conv_out = self._causal_conv(conv_in)
-        else:
-            sequence = sequence_of_position(cu_seqlens, x.shape[1])
-            conv_out = self._packed_conv(conv_in, sequence, cu_seqlens.shape[0])
-            sequence = sequence[None]
-        values, B, C = self._split_conv(conv_out)
-        y = ssd_chunked(values, dt, self._A(), B, C, self.D, self.chunk_size, sequence)
-        return self._gated(y, gate)
+            values, B, C = self._split_conv(self._causal_conv(conv_in))
+            y = ssd(values, dt, self._A(), B, C, self.D, chunk_size=self.chunk_size)
+            return self._gated(y, gate)
+        sequence = sequence_of_position(cu_seqlens, x.shape[1])
+        values, B, C = self._split_conv(self._packed_conv(conv_in, sequence, len(cu_seqlens))[0])
+        y = ssd(values, dt[0], self._A(), B, C, self.D, cu_seqlens, chunk_size=self.chunk_size)
+        return self._gated(y[None], gate)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
@@ -215,7 +213,9 @@ class Mamba2(nn.Module):
         convolved = F.silu(self.conv1d(F.pad(window.mT, (1, 0)))[..., 1:]).mT
         values, B, C = self._split_conv(convolved)
         before = rows.read(cache.state)
-        y, state = ssd_continued(values, dt, self._A(), B, C, self.D, before, self.chunk_size)
+        y, state = ssd_continued(
+            values, dt, self._A(), B, C, self.D, before, chunk_size=self.chunk_size
+        )
         last = lens[:, None] + torch.arange(taps_back, device=x.device)
         newest = window.gather(1, last[..., None].expand(-1, -1, window.shape[-1]))
         rows.write(cache.conv, newest.mT)

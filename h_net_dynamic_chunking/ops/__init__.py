@@ -2,7 +2,8 @@
 
 boundary probability -> compaction -> (any network) -> smoothing -> expansion
 
-The last two are also one operation, `dechunk`, which is what the chunker runs.
+The last two are also one operation, `dechunk`, which is what the chunker runs. Beside them stands
+`ssd`, the recurrence of the Mamba-2 layers around the chunker.
 
 Each has its contract at the top of its file, a sequential oracle in `ops.reference`, a hand-written
 backward registered with torch.library, and a step form for decoding. The backward passes have no
@@ -25,6 +26,7 @@ from h_net_dynamic_chunking.ops.compaction import (
 from h_net_dynamic_chunking.ops.dechunk import dechunk
 from h_net_dynamic_chunking.ops.ema import Smoothed, ema_smooth, ema_smooth_step
 from h_net_dynamic_chunking.ops.expansion import expand, expand_step
+from h_net_dynamic_chunking.ops.ssd import ssd, ssd_continued
 
 __all__ = [
     "Segmentation",
@@ -41,5 +43,7 @@ __all__ = [
     "expand_step",
     "gather_rows",
     "segment",
+    "ssd",
+    "ssd_continued",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""Sequential oracles of the four operations: the definition, one position at a time.
+"""Sequential oracles of the operations: the definition, one position at a time.
 
 Plain differentiable torch, exact in float64, never on a hot path. Each takes the arguments of the
 operation it defines, without a tail.
@@ -62,3 +62,18 @@ def expand(
             row = (confidence[t] + (1 - confidence[t]).detach()) * row
         out.append(row if residual is None else row + residual[t])
     return torch.stack(out) if out else smoothed.new_zeros(0, smoothed.shape[1])
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, cu_seqlens: Tensor
+) -> Tensor:
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t + D x_t, from zero states."""
+    starts = set(cu_seqlens.tolist())
+    y = []
+    for t in range(len(x)):
+        if t in starts:
+            state = x.new_zeros(*x.shape[1:], B.shape[1])
+        write = (dt[t, :, None] * x[t])[..., None] * B[t]
+        state = (dt[t] * A).exp()[:, None, None] * state + write
+        y.append(state @ C[t] + D[:, None] * x[t])
+    return torch.stack(y) if y else x

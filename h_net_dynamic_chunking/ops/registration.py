@@ -46,8 +46,9 @@ class Operation:
     def refuse_autograd(self) -> None:
         """A derivative of the results raises RuntimeError: torch would take them for constants.
 
-        For backward passes, whose derivative is a second one. As a kernel for autograd this would
-        cost 6 us a call (CPU, torch 2.13.0), wanted or not; so it stands before the call.
+        For backward passes, whose derivative is a second one, and for inference. As a kernel for
+        autograd this would cost 6 us a call (CPU, torch 2.13.0), wanted or not; so it stands before
+        the call.
         """
         self._refuses = True
 
@@ -62,7 +63,7 @@ class _Refusing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name} has no derivative: it is a derivative already")
+        raise RuntimeError(f"{ctx.name} has no derivative")
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:

@@ -1,5 +1,7 @@
 """The models that the tests of decoding share: random ones, whose routers really choose."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,12 @@ CONFIGS = {
         arch_layout=["m1", ["T1"], "t1"],
         d_model=(32, 48),
         d_intermediate=(0, 64),
-        ssm_cfg=SSMConfig(d_state=8),
         attn_cfg=AttentionConfig((2, 4), (8, 6), (3, -1)),
     ),
     "three_stages": HNetConfig(
         arch_layout=["m1", ["T1m1", ["m1", ["T1M1"], "m1"], "m1t1"], "m1"],
         d_model=(32, 32, 64, 96),
         d_intermediate=(0, 64, 0, 64),
-        ssm_cfg=SSMConfig(d_state=8),
         attn_cfg=AttentionConfig((2, 2, 4, 4), (16, 4, 6, 8), (3, 5, -1, -1)),
         target_ratio=(2.0, 2.0, 2.0),
     ),
@@ -27,16 +27,20 @@ CONFIGS = {
         arch_layout=["m1T1"],
         d_model=(32,),
         d_intermediate=(64,),
-        ssm_cfg=SSMConfig(d_state=8),
         attn_cfg=AttentionConfig((2,), (8,), (-1,)),
     ),
 }
 
 
-def random_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> HNetLM:
-    """Weights far from the start, so that about half of the positions open a chunk."""
+def random_model(
+    name: str, dtype: torch.dtype = torch.float64, seed: int = 0, d_state: int = 8
+) -> HNetLM:
+    """Weights far from the start, so that about half of the positions open a chunk.
+
+    The kernels of the recurrence take a d_state from 16 on.
+    """
     torch.manual_seed(seed)
-    model = HNetLM(CONFIGS[name]).to(dtype)
+    model = HNetLM(replace(CONFIGS[name], ssm_cfg=SSMConfig(d_state=d_state))).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -37,7 +37,7 @@ class Adapted(nn.Linear):
     ["network.layers.0.mlp.fc2", "encoder.layers.0.mixer.out_proj", "chunker.to_queries_keys"],
 )
 def test_changed_layers_run_themselves(place: str, rows: int) -> None:
-    model, ids = random_model("one_stage", torch.float32), random_ids(rows, 15)
+    model, ids = random_model("one_stage", torch.float32, d_state=16), random_ids(rows, 15)
     model.backbone.get_submodule(place).__class__ = Adapted
     with torch.no_grad():
         want = model(ids)
@@ -57,7 +57,7 @@ def test_steps_equal_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         return original(*args, **options)
 
     monkeypatch.setattr("h_net_dynamic_chunking.layers.isotropic.fused_step", counting)
-    model, ids = random_model(name, torch.float32), random_ids(2, 15)
+    model, ids = random_model(name, torch.float32, d_state=16), random_ids(2, 15)
     with torch.no_grad():
         want = model(ids)
     with use_backend("triton"):

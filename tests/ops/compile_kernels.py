@@ -22,6 +22,23 @@ from h_net_dynamic_chunking.ops._triton import (
     gather,
     ratio,
     segmentation,
+    ssd_backward,
+    ssd_chunks,
+    ssd_forward,
+    ssd_states,
+)
+
+MODULES = (
+    boundary,
+    dechunk_backward,
+    dechunk_forward,
+    gather,
+    ratio,
+    segmentation,
+    ssd_backward,
+    ssd_chunks,
+    ssd_forward,
+    ssd_states,
 )
 
 _TYPES = {
@@ -50,7 +67,7 @@ def main() -> None:
         )
         compiled.append(kernel.__name__)
 
-    for module in (boundary, dechunk_backward, dechunk_forward, gather, ratio, segmentation):
+    for module in MODULES:
         module.launch = launch
     call_launchers()
     print(len(set(compiled)), "kernels")
@@ -105,6 +122,33 @@ def call_launchers() -> None:
             straight_through=straight_through,
         )
     dechunk_backward.expand_bwd(x, z, *walked)
+    call_ssd()
+
+
+def call_ssd() -> None:
+    """Packed with its gradients, and one row of padding that goes on from a state."""
+    total, heads, P, N = 300, 2, 64, 128
+    x, B, C = torch.randn(total, heads * P + 2 * N).bfloat16().split([heads * P, N, N], 1)
+    x = x.unflatten(1, (heads, P))
+    dt, A, D = torch.rand(total, heads), -torch.ones(heads), torch.ones(heads)
+    y, entering = ssd_forward.ssd_fwd(x, dt, A, B, C, D, torch.tensor([0, 40, total]))
+    ssd_backward.ssd_bwd(
+        y,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        torch.tensor([0, 40, total]),
+        entering,
+        grad_x=y,
+        grad_dt=dt,
+        grad_B=B,
+        grad_C=C,
+    )
+    state = torch.zeros(1, heads, N, P)
+    ssd_forward.ssd_fwd(x, dt, A, B, C, D, None, initial=state, final=state)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Chunks(NamedTuple):
     @property
     def chunks(self) -> int:
         """Of one row."""
-        return triton.cdiv(self.length, self.size)
+        return -(-self.length // self.size)
 
     @property
     def heads(self) -> int:
@@ -130,9 +130,10 @@ def divide(
     total, heads = dt.shape
     length = total // rows
     chunks = triton.cdiv(length, size)
-    new = torch.empty(2, rows * chunks, heads, size, dtype=torch.float32, device=dt.device)
+    out_dt = torch.empty(rows * chunks, heads, size, dtype=torch.float32, device=dt.device)
     start = torch.empty(rows * chunks, size, dtype=torch.int32, device=dt.device)
-    divided = Chunks(rows, length, size, None if cu is None else cu.contiguous(), *new, start)
+    cu = None if cu is None else cu.contiguous()
+    divided = Chunks(rows, length, size, cu, out_dt, torch.empty_like(out_dt), start)
     block = min(32, power_of_2(heads))
     launch(
         ssd_chunks_kernel,

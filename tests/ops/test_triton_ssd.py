@@ -1,0 +1,105 @@
+"""The kernels of the recurrence against the torch operations.
+
+float32 is divided into chunks of 32 and segments of 128 positions, float16 into longer chunks.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops import ssd, ssd_continued, use_backend
+from h_net_dynamic_chunking.ops._triton import ssd_backward
+from tests.ops.ssd_cases import NAMES, ssd_inputs, with_tail
+from tests.ops.triton_cases import DEVICE, LOW_PRECISION
+from tests.ops.triton_cases import poisoned_memory as poisoned_memory
+from tests.support import assert_close, assert_within_low_precision_budget, cumulative, randn
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic")
+
+SIZES = {"head_dim": 16, "d_state": 16, "device": DEVICE}
+
+
+def run(
+    backend: str, inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """y and the gradients under a backend; vectors over heads stay in float32 or float64."""
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [
+        x.detach().to(wide if name in ("dt", "A", "D") else dtype)
+        for name, x in zip(NAMES, inputs, strict=True)
+    ]
+    # Slices again: the launchers take them as they are.
+    leaves[3], leaves[4] = torch.cat(leaves[3:5], -1).chunk(2, -1)
+    leaves = [x.requires_grad_() for x in leaves]
+    with use_backend(backend):  # type: ignore[arg-type]
+        y = ssd(*leaves, cu_seqlens)
+        weights = randn(*y.shape, seed=9, device=DEVICE).detach().bfloat16()  # exact in all dtypes
+        return [y.detach(), *torch.autograd.grad(y, leaves, weights.to(dtype))]
+
+
+def assert_kernels_agree(
+    inputs: tuple[Tensor, ...], cu_seqlens: Tensor | None = None, low_precision: bool = False
+) -> None:
+    exact = run("torch", inputs, cu_seqlens, torch.float64)
+    got = run("triton", inputs, cu_seqlens, torch.float32)
+    for name, g, e in zip(("y", *NAMES), got, exact, strict=True):
+        # A's gradient is a sum over all positions, of both signs, that nearly cancel; as on torch.
+        assert_close(name, g, e, 1e-4 if name == "A" else None)
+    for dtype in LOW_PRECISION if low_precision else []:
+        rounded = tuple(x.to(dtype).double() if x.ndim != 1 else x for x in inputs)
+        results = [
+            run(backend, rounded, cu_seqlens, of)
+            for backend, of in (("triton", dtype), ("torch", dtype), ("torch", torch.float64))
+        ]
+        for g, plain, e in zip(*results, strict=True):
+            assert_within_low_precision_budget(g, plain, e)
+
+
+@pytest.mark.parametrize("lens", [[1], [3, 0, 1, 29], [0, 40, 0]])
+def test_packed(lens: list[int]) -> None:
+    assert_kernels_agree(ssd_inputs(sum(lens), **SIZES), cumulative(lens, DEVICE))
+
+
+def test_states_through_chunks_and_segments() -> None:
+    """Sequences that start and end in chunks and at their edges, one over three segments."""
+    lens = [20, 240, 28, 4]
+    assert_kernels_agree(
+        ssd_inputs(sum(lens), **SIZES), cumulative(lens, DEVICE), low_precision=True
+    )
+
+
+def test_padded() -> None:
+    assert_kernels_agree(ssd_inputs(2, 33, heads=2, **SIZES))
+
+
+def test_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three heads in two groups, whose shares of the gradients of B and C are added."""
+    monkeypatch.setattr(ssd_backward, "PROGRAMS", 4)
+    assert_kernels_agree(ssd_inputs(40, heads=3, **SIZES), cumulative([7, 33], DEVICE))
+
+
+def test_tail_of_nan() -> None:
+    inputs, cu_seqlens = ssd_inputs(50, heads=1, **SIZES), cumulative([3, 30], DEVICE)
+    inputs = with_tail(inputs, 33)
+    assert_kernels_agree(inputs, cu_seqlens)
+    for got in run("triton", inputs, cu_seqlens, torch.float32):
+        assert len(got) < 50 or not got[33:].any()
+
+
+def test_pieces_equal_the_whole() -> None:
+    x, dt, A, B, C, D = (t.detach().float() for t in ssd_inputs(2, 45, heads=2, **SIZES))
+    with use_backend("torch"):
+        whole = ssd(x, dt, A, B, C, D)
+    state, pieces = torch.zeros(2, 2, 16, 16, device=DEVICE), []
+    for part in (slice(0, 40), slice(40, 40), slice(40, 45)):
+        with use_backend("triton"):
+            y, state = ssd_continued(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, state)
+        pieces.append(y)
+    assert_close("y", torch.cat(pieces, dim=1), whole)
+
+
+def test_sizes_that_the_kernels_do_not_take() -> None:
+    inputs = [t.detach().float() for t in ssd_inputs(1, 3, head_dim=8, device=DEVICE)]
+    with use_backend("triton"), pytest.raises(ValueError, match="not 8 and 5"):
+        ssd(*inputs)
