@@ -1,15 +1,15 @@
 """Mamba-2 mixer, for any device and length: the paper's layer M without its MLP.
 
-The recurrence is in `ops.ssd`. `Mamba2.step` and `Mamba2.extend` are the same layer one or more
-positions at a time, from a cache. Parameters are named as in the official H-Net checkpoints.
+What stands between its two projections is in `ops.mamba2`. `Mamba2.step` and `Mamba2.extend` are
+the same layer one or more positions at a time, from a cache. Parameters are named as in the
+official H-Net checkpoints.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,8 +27,9 @@ from h_net_dynamic_chunking.layers._checks import (
 )
 from h_net_dynamic_chunking.layers._packed import zero_tail
 from h_net_dynamic_chunking.layers.norm import RMSNorm
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype, sequence_of_position
-from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd, ssd_continued
+from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters, mamba2_inner
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd_continued
 
 
 @dataclass(eq=False)
@@ -47,6 +48,7 @@ class Mamba2(nn.Module):
     x:           (batch, length, d_model), float; with cu_seqlens packed, (total, d_model)
     cu_seqlens:  (batch + 1,), int32 or int64: cumulative lengths of packed sequences. Rows from
                  cu_seqlens[-1] on may hold anything and come out as zeros
+    tail_is_zero: whether x is known to hold zeros behind the last sequence, which saves a copy
     out:         shape of x, dtype of `out_proj`'s result
 
     Args:
@@ -103,23 +105,22 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, tail_is_zero: bool = False
+    ) -> Tensor:
         check_input(x, self.d_model, cu_seqlens)
-        if cu_seqlens is None:
-            return self._mix(x)
-        return self._mix(zero_tail(x, cu_seqlens)[None], cu_seqlens)[0]
-
-    def _mix(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """`(batch, length, d_model)` -> the same; packed sequences are one row."""
-        gate, conv_in, dt = self._project(x)
-        if cu_seqlens is None:
-            values, B, C = self._split_conv(self._causal_conv(conv_in))
-            y = ssd(values, dt, self._A(), B, C, self.D, chunk_size=self.chunk_size)
-            return self._gated(y, gate)
-        sequence = sequence_of_position(cu_seqlens, x.shape[1])
-        values, B, C = self._split_conv(self._packed_conv(conv_in, sequence, len(cu_seqlens))[0])
-        y = ssd(values, dt[0], self._A(), B, C, self.D, cu_seqlens, chunk_size=self.chunk_size)
-        return self._gated(y[None], gate)
+        if cu_seqlens is not None and not tail_is_zero:
+            # The gradient of the weights multiplies whatever is there by zero.
+            x = zero_tail(x, cu_seqlens)
+        mixed = mamba2_inner(
+            self.in_proj(x),
+            self._inner,
+            cu_seqlens,
+            eps=cast(float, self.norm.eps),
+            chunk_size=self.chunk_size,
+        )
+        out: Tensor = self.out_proj(mixed)
+        return out
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
@@ -171,7 +172,7 @@ class Mamba2(nn.Module):
         gate, conv_in, dt = self._project(x)
         # (rows, channels, d_conv)
         window = torch.cat([rows.read(cache.conv), conv_in[..., None]], dim=-1)
-        values, B, C = self._split_conv(F.silu(self.conv1d(window)[..., 0]))
+        values, B, C = self._inner.split_conv(F.silu(self.conv1d(window)[..., 0]))
 
         # Everything as (rows, heads, head_dim, d_state), in the dtype of the state.
         write = (dt[..., None] * values)[..., None] * B[:, None, None]
@@ -211,7 +212,7 @@ class Mamba2(nn.Module):
         window = torch.cat([rows.read(cache.conv).mT, conv_in], dim=1)
         # One zero more in front, so that no new positions still are a legal input.
         convolved = F.silu(self.conv1d(F.pad(window.mT, (1, 0)))[..., 1:]).mT
-        values, B, C = self._split_conv(convolved)
+        values, B, C = self._inner.split_conv(convolved)
         before = rows.read(cache.state)
         y, state = ssd_continued(
             values, dt, self._A(), B, C, self.D, before, chunk_size=self.chunk_size
@@ -231,16 +232,20 @@ class Mamba2(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate (..., d_inner), input of the convolution (..., channels), dt (..., heads)."""
-        gate, conv_in, dt = torch.split(
-            self.in_proj(x), [self.d_inner, self.conv1d.in_channels, self.num_heads], dim=-1
-        )
-        wide = accumulation_dtype(dt.dtype)
-        return gate, conv_in, F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        gate, conv_in, raw = self._inner.split(self.in_proj(x))
+        wide = accumulation_dtype(raw.dtype)
+        return gate, conv_in, F.softplus(raw.to(wide) + self.dt_bias.to(wide))
 
-    def _split_conv(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values (..., heads, head_dim), B and C (..., d_state)."""
-        values, B, C = torch.split(conv_out, [self.d_inner, self.d_state, self.d_state], dim=-1)
-        return rearrange(values, "... (h p) -> ... h p", h=self.num_heads), B, C
+    @property
+    def _inner(self) -> Mamba2Parameters:
+        return Mamba2Parameters(
+            self.conv1d.weight,
+            cast(Tensor, self.conv1d.bias),
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+        )
 
     def _A(self) -> Tensor:
         return -self.A_log.to(accumulation_dtype(self.A_log.dtype)).exp()
@@ -249,21 +254,6 @@ class Mamba2(nn.Module):
         # Gate first, then one norm over all heads together: official checkpoints depend on it.
         projected: Tensor = self.out_proj(self.norm(y.flatten(-2) * F.silu(gate)))
         return projected
-
-    def _causal_conv(self, x: Tensor) -> Tensor:
-        # One zero more than the taps reach back, and its output dropped again, so that a sequence
-        # of length 0 still is a legal input of the convolution.
-        padded = F.pad(x.mT, (self.d_conv, 0))
-        return F.silu(self.conv1d(padded)[..., 1:]).mT
-
-    def _packed_conv(self, x: Tensor, sequence: Tensor, groups: int) -> Tensor:
-        """The same for packed x (1, total, channels), in which `sequence` counts below `groups`."""
-        # As many zeros before each sequence (and the tail) as stand before a row of a batch.
-        total = x.shape[1]
-        row = torch.arange(total, device=x.device) + (sequence + 1) * self.d_conv
-        spread = x.new_zeros(1, total + groups * self.d_conv, x.shape[2]).index_copy(1, row, x)
-        convolved = self.conv1d(spread.mT).mT
-        return F.silu(convolved.index_select(1, row - self.d_conv + 1))
 
 
 def _initial_dt_bias(num_heads: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 boundary probability -> compaction -> (any network) -> smoothing -> expansion
 
-The last two are also one operation, `dechunk`, which is what the chunker runs. Beside them stands
-`ssd`, the recurrence of the Mamba-2 layers around the chunker.
+The last two are also one operation, `dechunk`, which is what the chunker runs. Beside them stand
+those of the Mamba-2 layers around the chunker, `causal_conv`, `ssd` and `gated_norm`, which are
+also one operation, `mamba2_inner`.
 
 Each has its contract at the top of its file, a sequential oracle in `ops.reference`, a hand-written
 backward registered with torch.library, and a step form for decoding. The backward passes have no
@@ -16,6 +17,7 @@ from h_net_dynamic_chunking.ops.boundary import (
     boundary_probability_of_pairs,
     boundary_probability_step,
 )
+from h_net_dynamic_chunking.ops.causal_conv import causal_conv
 from h_net_dynamic_chunking.ops.compaction import (
     Segmentation,
     begin_segment,
@@ -26,22 +28,28 @@ from h_net_dynamic_chunking.ops.compaction import (
 from h_net_dynamic_chunking.ops.dechunk import dechunk
 from h_net_dynamic_chunking.ops.ema import Smoothed, ema_smooth, ema_smooth_step
 from h_net_dynamic_chunking.ops.expansion import expand, expand_step
+from h_net_dynamic_chunking.ops.gated_norm import gated_norm
+from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters, mamba2_inner
 from h_net_dynamic_chunking.ops.ssd import ssd, ssd_continued
 
 __all__ = [
+    "Mamba2Parameters",
     "Segmentation",
     "Smoothed",
     "begin_segment",
     "boundary_probability",
     "boundary_probability_of_pairs",
     "boundary_probability_step",
+    "causal_conv",
     "compact",
     "dechunk",
     "ema_smooth",
     "ema_smooth_step",
     "expand",
     "expand_step",
+    "gated_norm",
     "gather_rows",
+    "mamba2_inner",
     "segment",
     "ssd",
     "ssd_continued",

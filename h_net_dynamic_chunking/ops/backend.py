@@ -103,8 +103,13 @@ def why_not_triton(
     return None
 
 
-def uses_triton(x: Tensor, *, moves_only: bool = False) -> bool:
+def uses_triton(x: Tensor, *, moves_only: bool = False, unfit: str | None = None) -> bool:
     """Whether the operation whose main input is `x` runs on Triton; torch takes empty ones.
+
+    Args:
+        x: of the device and the dtype that count.
+        moves_only: Whether the operation takes any dtype.
+        unfit: Why its kernels do not take such sizes; None if they do.
 
     Raises:
         ValueError: Triton was asked for by name and cannot run.
@@ -112,7 +117,7 @@ def uses_triton(x: Tensor, *, moves_only: bool = False) -> bool:
     chosen = _chosen.get()
     if chosen == "torch" or x.numel() == 0:
         return False
-    reason = _reason(x.device, None if moves_only else x.dtype, chosen == "triton")
+    reason = _reason(x.device, None if moves_only else x.dtype, chosen == "triton") or unfit
     if reason is None:
         return True
     if chosen == "triton":

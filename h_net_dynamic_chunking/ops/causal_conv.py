@@ -1,16 +1,18 @@
-"""A depthwise causal convolution of a few taps, with bias and SiLU, over packed sequences.
+"""A depthwise causal convolution of a few taps, with bias and SiLU, over each sequence.
 
     out_t = silu(bias + sum over k of weight_k x_{t - taps + 1 + k}),        for each channel
 
 Contract
-    x:           (total, channels), float; any stride between the rows
+    x:           (total, channels), float, packed; or (batch, length, channels)
     weight:      (channels, 1, taps), float, as of torch.nn.Conv1d
     bias:        (channels,), float
-    cu_seqlens:  (batch + 1,), int32 or int64
-    out:         (total, channels), contiguous, dtype of x; zeros in the tail
+    cu_seqlens:  (batch + 1,), int32 or int64; None for the second form of x, where every row is one
+                 sequence
+    out:         shape and dtype of x, contiguous; zeros in the tail
 
-Before the start of a sequence stand zeros. Accumulates in float32 (float64 for float64) on Triton;
-torch rounds to the dtype of x before the SiLU.
+Before the start of a sequence stand zeros. The tail may hold anything and gets no gradient.
+Accumulates in float32 on Triton; torch rounds to the dtype of x before the SiLU. x may be a slice
+of wider rows.
 """
 
 from typing import Any
@@ -21,18 +23,23 @@ from torch.nn import functional as F
 
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
-    check_cu_seqlens,
-    check_packed,
+    check_packed_or_padded,
+    cu_seqlens_of_rows,
+    flat_rows,
     in_some_sequence,
     sequence_of_position,
+    zero_rows_,
+    zero_tail_,
 )
 from h_net_dynamic_chunking.ops.registration import operation
 
-# Of the kernels; more go to torch.
-_MAX_TAPS = 4
+# The kernels keep as many rows in registers; more taps go to torch.
+_MOST_TAPS = 4
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """The convolution; the contract is at the top of this file.
 
     Raises:
@@ -42,9 +49,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> 
     >>> causal_conv(x, weight, torch.zeros(1), torch.tensor([0, 2, 3])).flatten()
     tensor([0.7311, 1.7616, 0.7311])
     """
-    check_packed("x", x, 2)
-    check_cu_seqlens(cu_seqlens)
-    channels = x.shape[1]
+    check_packed_or_padded("x", x, cu_seqlens)
+    channels = x.shape[-1]
     if weight.ndim != 3 or weight.shape[:2] != (channels, 1) or weight.shape[2] < 1:
         raise ValueError(f"weight must have shape ({channels}, 1, taps), got {tuple(weight.shape)}")
     if bias.shape != (channels,):
@@ -53,97 +59,62 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> 
     return out
 
 
-def causal_conv_torch(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The same in differentiable torch."""
-    inside = in_some_sequence(cu_seqlens, len(x))[:, None]
-    spread, row = _spread(x.where(inside, 0), cu_seqlens, weight.shape[2])
-    return F.silu(_convolve(spread, weight, bias)[row]).where(inside, 0)
-
-
-def _spread(x: Tensor, cu_seqlens: Tensor, taps: int) -> tuple[Tensor, Tensor]:
-    """x with zeros, as many as taps reach back, between the sequences; and where its rows are now.
-
-    Empty sequences and the tail are sequences too. One zero stands behind, so that there is a row.
-    """
-    (total, channels), batch = x.shape, len(cu_seqlens) - 1
-    row = torch.arange(total, device=x.device)
-    row = row + sequence_of_position(cu_seqlens, total) * (taps - 1)
-    spread = x.new_zeros(total + batch * (taps - 1) + 1, channels)
-    return spread.index_copy(0, row, x), row
-
-
-def _convolve(spread: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Before the SiLU: as many rows as of `spread`, and some behind them."""
-    weight, bias = weight.to(spread.dtype), bias.to(spread.dtype)
-    padding, groups = weight.shape[2] - 1, len(weight)
-    return F.conv1d(spread.mT[None], weight, bias, padding=padding, groups=groups)[0].mT
-
-
-def runs_on_triton(x: Tensor, weight: Tensor) -> bool:
-    return weight.shape[2] <= _MAX_TAPS and uses_triton(x)
+def why_no_conv_kernels(taps: int) -> str | None:
+    """Why the kernels do not take so many taps, or None if they do."""
+    if taps <= _MOST_TAPS:
+        return None
+    return f"the kernels take up to {_MOST_TAPS} taps, not {taps}"
 
 
 @operation("causal_conv")
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
-    if runs_on_triton(x, weight):
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
+    if uses_triton(x, unfit=why_no_conv_kernels(weight.shape[2])):
         from h_net_dynamic_chunking.ops._triton.causal_conv import conv_fwd
         from h_net_dynamic_chunking.ops._triton.sequence_ids import sequence_ids
 
-        sequence = sequence_ids(cu_seqlens, len(x))
-        return conv_fwd(_rows(x), weight, bias, sequence, len(cu_seqlens) - 1)
-    return causal_conv_torch(x, weight, bias, cu_seqlens).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x, of which each row is contiguous."""
-    return x if x.stride(1) == 1 else x.contiguous()
+        cu_seqlens = cu_seqlens_of_rows(x) if cu_seqlens is None else cu_seqlens
+        flat = flat_rows(x)
+        ids = sequence_ids(cu_seqlens, len(flat))
+        return conv_fwd(flat, weight, bias, *ids).view(x.shape)
+    rows, row = _rows(x, cu_seqlens, weight.shape[2])
+    out = F.silu(_at_positions(_convolve(rows, weight, bias), row, x), inplace=True)
+    return zero_tail_(out, cu_seqlens)
 
 
 @_causal_conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @operation("causal_conv_backward")
 def _causal_conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_on_triton(x, weight):
+    if x.numel() == 0:
+        return x.new_empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
+    if uses_triton(x, unfit=why_no_conv_kernels(weight.shape[2])):
         from h_net_dynamic_chunking.ops._triton.causal_conv import conv_bwd
         from h_net_dynamic_chunking.ops._triton.sequence_ids import sequence_ids
 
-        sequence, grad_x = sequence_ids(cu_seqlens, len(x)), x.new_empty(x.shape)
-        grad, x, batch = grad.contiguous(), _rows(x), len(cu_seqlens) - 1
-        return grad_x, *conv_bwd(grad, x, weight, bias, sequence, batch, grad_x)
-    inside = in_some_sequence(cu_seqlens, len(x))[:, None]
-    spread, row = _spread(x.where(inside, 0), cu_seqlens, weight.shape[2])
-    convolved = _convolve(spread, weight, bias)
-    grad = torch.ops.aten.silu_backward(grad.where(inside, 0), convolved[row])
-    grad_spread, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        torch.zeros_like(convolved).index_copy(0, row, grad).mT[None],
-        spread.mT[None],
-        weight.to(x.dtype),
-        [len(weight)],
-        [1],
-        [weight.shape[2] - 1],
-        [1],
-        False,
-        [0],
-        len(weight),
-        [True, True, True],
-    )
-    grad_x = grad_spread[0].mT[row].where(inside, 0)
-    return grad_x.contiguous(), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+        cu_seqlens = cu_seqlens_of_rows(x) if cu_seqlens is None else cu_seqlens
+        flat = flat_rows(x)
+        ids = sequence_ids(cu_seqlens, len(flat))
+        grad_x = x.new_empty(x.shape)
+        grad = flat_rows(grad).contiguous()
+        return grad_x, *conv_bwd(grad, flat, weight, bias, *ids, flat_rows(grad_x))
+    return _backward_torch(grad, x, weight, bias, cu_seqlens)
 
 
 @_causal_conv_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.backend = chosen_backend()
     ctx.save_for_backward(*inputs)
 
@@ -155,3 +126,62 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _causal_conv.register_autograd(_backward, setup_context=_setup_context)
 _causal_conv_backward.refuse_autograd()
+
+
+def _rows(x: Tensor, cu_seqlens: Tensor | None, taps: int) -> tuple[Tensor, Tensor | None]:
+    """x as (batch, length, channels); packed x as one row, and where its positions are in it.
+
+    That row has zeros, as many as taps reach back, between the sequences, of which empty ones and
+    the tail are some too. The tail holds zeros.
+    """
+    if cu_seqlens is None:
+        return x, None
+    (total, channels), between = x.shape, taps - 1
+    row = torch.arange(total, device=x.device)
+    row = row + sequence_of_position(cu_seqlens, total) * between
+    zeros = (len(cu_seqlens) - 1) * between
+    spread = x.new_zeros(total + zeros, channels).index_copy_(0, row, x)
+    return zero_rows_(spread, ~in_some_sequence(cu_seqlens + zeros, len(spread)))[None], row
+
+
+def _convolve(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Before the SiLU: (batch, length, channels) -> (batch, length + taps - 1, channels)."""
+    weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
+    padding, groups = weight.shape[2] - 1, len(weight)
+    return F.conv1d(rows.mT, weight, bias, padding=padding, groups=groups).mT
+
+
+def _at_positions(rows: Tensor, row: Tensor | None, x: Tensor) -> Tensor:
+    """What stands at the positions of x, as a tensor of its own and of the shape of x."""
+    if row is None:
+        return rows[:, : x.shape[1]].clone(memory_format=torch.contiguous_format)
+    return rows[0].index_select(0, row)
+
+
+def _backward_torch(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels, _, taps = weight.shape
+    rows, row = _rows(x, cu_seqlens, taps)
+    convolved = _convolve(rows, weight, bias)
+    grad = torch.ops.aten.silu_backward(grad, _at_positions(convolved, row, x))
+    if row is None:
+        grad = F.pad(grad, (0, 0, 0, taps - 1))
+    else:
+        grad = grad.new_zeros(convolved.shape[1:]).index_copy_(0, row, zero_tail_(grad, cu_seqlens))
+        grad = grad[None]
+    grad_rows, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad.mT,
+        rows.mT,
+        weight.to(x.dtype),
+        [channels],
+        [1],
+        [taps - 1],
+        [1],
+        False,
+        [0],
+        channels,
+        [True, True, True],
+    )
+    grad_x = zero_tail_(_at_positions(grad_rows.mT, row, x), cu_seqlens)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)

@@ -4,41 +4,116 @@
     y = ssd(x, softplus(raw + dt_bias), -exp(A_log), B, C, D),       out = gated_norm(y, gate)
 
 Contract
-    projected:    (total, 2 d_inner + 2 d_state + heads), float: gate, conv_in and raw side by side
+    projected:    (total, 2 d_inner + 2 d_state + heads), float, packed: gate, conv_in and raw side
+                  by side; or (batch, length, the same)
     conv_weight:  (d_inner + 2 d_state, 1, taps), conv_bias (d_inner + 2 d_state,)
-    dt_bias, A_log, D:  (heads,)
-    norm_weight:  (d_inner,)
-    cu_seqlens:   (batch + 1,), int32 or int64
-    out:          (total, d_inner), dtype of projected; zeros in the tail
+    dt_bias, A_log, D:  (heads,), float
+    norm_weight:  (d_inner,), float
+    cu_seqlens:   (batch + 1,), int32 or int64; None for the second form of projected, where every
+                  row is one sequence
+    out:          (total, d_inner) or (batch, length, d_inner), dtype of projected
 
-As one operation the gradients of the three parts are written where they belong, into one buffer,
-and what can be had again cheaply is not kept for the backward pass: projected and y are.
+The tail behind the last sequence may hold anything: it comes out as zeros and gets zeros as its
+gradient. Steps and decays are float32 (float64 for float64). As one operation the gradients of the
+parts are written where they belong, into one buffer, and what can be had again cheaply is not kept
+for the backward pass: projected and y are.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
+from h_net_dynamic_chunking.ops.causal_conv import (
+    _causal_conv,
+    _causal_conv_backward,
+    why_no_conv_kernels,
+)
+from h_net_dynamic_chunking.ops.gated_norm import (
+    _gated_norm,
+    _gated_norm_backward,
+    why_no_norm_kernels,
+)
+from h_net_dynamic_chunking.ops.packing import (
+    accumulation_dtype,
+    check_packed_or_padded,
+    cu_seqlens_of_rows,
+    flat_rows,
+    in_some_sequence,
+)
 from h_net_dynamic_chunking.ops.registration import operation
+from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, _ssd, _ssd_backward, why_no_kernels
+
+
+class Mamba2Parameters(NamedTuple):
+    """Those between the projections; shapes in the contract at the top of this file."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm_weight: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """d_inner, d_state, heads."""
+        d_inner = len(self.norm_weight)
+        return d_inner, (len(self.conv_bias) - d_inner) // 2, len(self.A_log)
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices (..., d_inner), (..., d_inner + 2 d_state), (..., heads): gate, conv_in, raw."""
+        d_inner, d_state, heads = self.sizes
+        gate, conv_in, raw = torch.split(projected, [d_inner, d_inner + 2 * d_state, heads], dim=-1)
+        return gate, conv_in, raw
+
+    def split_conv(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices (..., heads, head_dim), (..., d_state), (..., d_state): x, B, C."""
+        d_inner, d_state, heads = self.sizes
+        x, B, C = torch.split(convolved, [d_inner, d_state, d_state], dim=-1)
+        return x.view(*x.shape[:-1], heads, d_inner // heads), B, C
 
 
 def mamba2_inner(
     projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    cu_seqlens: Tensor,
+    parameters: Mamba2Parameters,
+    cu_seqlens: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """The operation; the contract is at the top of this file."""
-    parameters = conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
-    out: Tensor = _mamba2_inner(projected, *parameters, eps, cu_seqlens)[0]
+    """The operation; the contract is at the top of this file.
+
+    Args:
+        projected: see the contract.
+        parameters: see the contract.
+        cu_seqlens: see the contract.
+        eps: of the norm.
+        chunk_size: As of `ssd`, a matter of speed only.
+
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+    """
+    check_packed_or_padded("projected", projected, cu_seqlens)
+    d_inner, d_state, heads = parameters.sizes
+    width = 2 * d_inner + 2 * d_state + heads
+    if projected.shape[-1] != width:
+        raise ValueError(f"projected must have {width} channels, got {projected.shape[-1]}")
+    out: Tensor = _mamba2_inner(projected, *parameters, eps, cu_seqlens, chunk_size)[0]
     return out
+
+
+def _runs_on_triton(projected: Tensor, parameters: Mamba2Parameters) -> bool:
+    """Whether all kernels take these; if not, each of the parts chooses for itself."""
+    d_inner, d_state, heads = parameters.sizes
+    unfit = (
+        why_no_conv_kernels(parameters.conv_weight.shape[2])
+        or why_no_kernels(d_inner // heads, d_state)
+        or why_no_norm_kernels(d_inner)
+    )
+    return unfit is None and uses_triton(projected)
 
 
 @operation("mamba2_inner")
@@ -51,13 +126,24 @@ def _mamba2_inner(
     D: Tensor,
     norm_weight: Tensor,
     eps: float,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and y (total, d_inner)."""
-    from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_fwd
+    """The result, and y of the same shape."""
+    parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    if _runs_on_triton(projected, parameters):
+        from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_fwd
 
-    parameters = conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
-    return mamba2_fwd(projected, *parameters, eps, cu_seqlens)
+        shape = *projected.shape[:-1], len(norm_weight)
+        cu_seqlens = cu_seqlens_of_rows(projected) if cu_seqlens is None else cu_seqlens
+        out, y = mamba2_fwd(flat_rows(projected), parameters, eps, cu_seqlens)
+        return out.view(shape), y.view(shape)
+    gate, conv_in, raw = parameters.split(projected)
+    convolved = _causal_conv(conv_in, conv_weight, conv_bias, cu_seqlens)
+    x, B, C = parameters.split_conv(convolved)
+    dt = F.softplus(_steps(raw, dt_bias, cu_seqlens))
+    y = _ssd(x, dt, _decay_rates(A_log), B, C, D, cu_seqlens, chunk_size).flatten(-2)
+    return _gated_norm(y, gate, norm_weight, eps, cu_seqlens), y
 
 
 @_mamba2_inner.register_fake
@@ -70,9 +156,10 @@ def _(
     D: Tensor,
     norm_weight: Tensor,
     eps: float,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    shape = projected.shape[0], norm_weight.shape[0]
+    shape = *projected.shape[:-1], norm_weight.shape[0]
     return projected.new_empty(shape), projected.new_empty(shape)
 
 
@@ -87,13 +174,29 @@ def _mamba2_inner_backward(
     D: Tensor,
     norm_weight: Tensor,
     eps: float,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
     y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_bwd
+    """Of projected and of the parameters, in the order of the arguments."""
+    parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    if _runs_on_triton(projected, parameters):
+        from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_bwd
 
-    parameters = conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
-    return mamba2_bwd(grad.contiguous(), projected, *parameters, eps, cu_seqlens, y)
+        cu_seqlens = cu_seqlens_of_rows(projected) if cu_seqlens is None else cu_seqlens
+        grad_projected = projected.new_empty(projected.shape)
+        flat_grad, flat_y = flat_rows(grad).contiguous(), flat_rows(y)
+        gradients = mamba2_bwd(
+            flat_grad,
+            flat_rows(projected),
+            parameters,
+            eps,
+            cu_seqlens,
+            flat_y,
+            flat_rows(grad_projected),
+        )
+        return grad_projected, *gradients
+    return _backward_by_parts(grad, projected, parameters, eps, cu_seqlens, chunk_size, y)
 
 
 @_mamba2_inner_backward.register_fake
@@ -107,7 +210,8 @@ def _(
     D: Tensor,
     norm_weight: Tensor,
     eps: float,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
     y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
@@ -115,8 +219,55 @@ def _(
     return projected.new_empty(projected.shape), a, b, c, d, e, f
 
 
+def _backward_by_parts(
+    grad: Tensor,
+    projected: Tensor,
+    parameters: Mamba2Parameters,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    y: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
+    gate, conv_in, raw = parameters.split(projected)
+    grad_y, grad_gate, grad_norm = _gated_norm_backward(grad, y, gate, norm_weight, eps, cu_seqlens)
+    convolved = _causal_conv(conv_in, conv_weight, conv_bias, cu_seqlens)
+    x, B, C = parameters.split_conv(convolved)
+    steps, A = _steps(raw, dt_bias, cu_seqlens), _decay_rates(A_log)
+    grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = _ssd_backward(
+        grad_y.view(x.shape), x, F.softplus(steps), A, B, C, D, cu_seqlens, chunk_size
+    )
+    grad_convolved = torch.cat([grad_x.flatten(-2), grad_B, grad_C], dim=-1)
+    grad_conv_in, grad_weight, grad_bias = _causal_conv_backward(
+        grad_convolved, conv_in, conv_weight, conv_bias, cu_seqlens
+    )
+    grad_steps = torch.ops.aten.softplus_backward(grad_dt, steps, 1, 20)
+    grad_dt_bias = grad_steps.flatten(0, -2).sum(0)
+    return (
+        torch.cat([grad_gate, grad_conv_in, grad_steps.to(projected.dtype)], dim=-1),
+        grad_weight,
+        grad_bias,
+        grad_dt_bias.to(dt_bias.dtype),
+        (grad_A * A).to(A_log.dtype),
+        grad_D,
+        grad_norm,
+    )
+
+
+def _steps(raw: Tensor, dt_bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """dt before the softplus, (..., heads), finite in the tail."""
+    wide = accumulation_dtype(raw.dtype)
+    if cu_seqlens is not None:
+        raw = raw.where(in_some_sequence(cu_seqlens, len(raw))[:, None], 0)
+    return raw.to(wide) + dt_bias.to(wide)
+
+
+def _decay_rates(A_log: Tensor) -> Tensor:
+    return -A_log.to(accumulation_dtype(A_log.dtype)).exp()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.eps, cu_seqlens = inputs
+    *tensors, ctx.eps, cu_seqlens, ctx.chunk_size = inputs
     ctx.backend = chosen_backend()
     ctx.save_for_backward(*tensors, cu_seqlens, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -125,11 +276,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     *tensors, cu_seqlens, y = ctx.saved_tensors
     with use_backend(ctx.backend):
-        gradients = _mamba2_inner_backward(grad, *tensors, ctx.eps, cu_seqlens, y)
-    return *gradients, None, None
+        gradients = _mamba2_inner_backward(grad, *tensors, ctx.eps, cu_seqlens, ctx.chunk_size, y)
+    return *gradients, None, None, None
 
 
 _mamba2_inner.register_autograd(_backward, setup_context=_setup_context)

@@ -24,6 +24,11 @@ def cu_seqlens_from_lens(lens: Tensor) -> Tensor:
     return torch.nn.functional.pad(lens.to(torch.int64).cumsum(0), (1, 0))
 
 
+def cu_seqlens_of_rows(x: Tensor) -> Tensor:
+    """Cumulative lengths of the rows of x (batch, length, ...), each of which is a sequence."""
+    return torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+
+
 def in_some_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
     """Bool `(total,)`: False in the tail that belongs to no sequence."""
     return torch.arange(total, device=cu_seqlens.device) < cu_seqlens[-1]
@@ -50,6 +55,18 @@ def check_packed(name: str, tensor: Tensor, ndim: int) -> None:
         raise ValueError(
             f"{name} must be a floating-point tensor of shape {wanted}, "
             f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+
+
+def check_packed_or_padded(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless `tensor` is (total, dim) with `cu_seqlens`, or 3-d without."""
+    if cu_seqlens is not None:
+        check_packed(name, tensor, 2)
+        check_cu_seqlens(cu_seqlens)
+    elif tensor.ndim != 3 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating-point tensor of shape (batch, length, dim) without "
+            f"cu_seqlens, got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
 
 
@@ -104,6 +121,17 @@ def fill_rows_(x: Tensor, rows: Tensor, value: float) -> Tensor:
 def zero_rows_(x: Tensor, rows: Tensor) -> Tensor:
     """`fill_rows_` with zero."""
     return fill_rows_(x, rows, 0)
+
+
+def zero_tail_(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Overwrite, in place, the rows of x (total, dim) that are in no sequence; None: all are."""
+    return x if cu_seqlens is None else zero_rows_(x, ~in_some_sequence(cu_seqlens, len(x)))
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """x (..., dim) as (rows, dim): every row contiguous, and all at one distance."""
+    flat = x.flatten(0, -2)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def gather_or_zero(x: Tensor, index: Tensor) -> Tensor:

@@ -77,3 +77,46 @@ def ssd(
         state = (dt[t] * A).exp()[:, None, None] * state + write
         y.append(state @ C[t] + D[:, None] * x[t])
     return torch.stack(y) if y else x
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """silu(bias + sum over k of weight_k x_{t - taps + 1 + k}), of x in the sequence of t only."""
+    starts, taps, out, first = set(cu_seqlens.tolist()), weight.shape[2], [], 0
+    for t in range(len(x)):
+        first = t if t in starts else first
+        mixed = bias
+        for k in range(taps):
+            if t - taps + 1 + k >= first:
+                mixed = mixed + weight[:, 0, k] * x[t - taps + 1 + k]
+        out.append(mixed / (1 + (-mixed).exp()))
+    return torch.stack(out) if out else x
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """g / sqrt(mean(g^2) + eps) * weight with g = y silu(z), one row at a time."""
+    out = []
+    for t in range(len(y)):
+        gated = y[t] * z[t] / (1 + (-z[t]).exp())
+        out.append(gated / ((gated @ gated) / len(gated) + eps).sqrt() * weight)
+    return torch.stack(out) if out else y
+
+
+def mamba2_inner(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """The three before, one after the other, between the projections of a Mamba-2 layer."""
+    d_inner, heads = len(norm_weight), len(A_log)
+    gate, conv_in, raw = torch.split(projected, [d_inner, len(conv_bias), heads], dim=1)
+    convolved = causal_conv(conv_in, conv_weight, conv_bias, cu_seqlens)
+    d_state = (len(conv_bias) - d_inner) // 2
+    x, B, C = torch.split(convolved, [d_inner, d_state, d_state], dim=1)
+    dt = (1 + (raw + dt_bias).exp()).log()
+    y = ssd(x.view(len(x), heads, d_inner // heads), dt, -A_log.exp(), B, C, D, cu_seqlens)
+    return gated_norm(y.flatten(1), gate, norm_weight)

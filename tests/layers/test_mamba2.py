@@ -1,11 +1,15 @@
-"""The Mamba-2 layer around its recurrence, `ops.ssd`."""
+"""The Mamba-2 layer around `ops.mamba2`."""
+
+import copy
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from h_net_dynamic_chunking.layers import Mamba2
 from h_net_dynamic_chunking.ops import reference
+from tests.support import assert_within_low_precision_budget
 
 
 def test_mixer_equals_its_equations() -> None:
@@ -70,6 +74,36 @@ def test_empty_and_single(shape: tuple[int, ...]) -> None:
     out.sum().backward()
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None, name
+
+
+def test_a_tail_that_is_known_to_be_zero() -> None:
+    mixer = Mamba2(32, d_state=8, head_dim=16).double()
+    x, cu_seqlens = torch.randn(9, 32, dtype=torch.float64), torch.tensor([0, 3, 7])
+    x[7:] = 0
+    assert torch.equal(mixer(x, cu_seqlens, tail_is_zero=True), mixer(x, cu_seqlens))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_autocast(packed: bool) -> None:
+    """Values and gradients: at most twice the error of the layer that is bfloat16 throughout."""
+    torch.manual_seed(0)
+    mixer = Mamba2(32, d_state=8, head_dim=16).bfloat16()
+    x = torch.randn(2, 40, 32).bfloat16()
+    x, cu_seqlens = (x.flatten(0, 1), torch.tensor([0, 30, 80])) if packed else (x, None)
+    weights = torch.randn(x.shape).bfloat16()
+
+    def run(dtype: torch.dtype, autocast: bool) -> list[Tensor]:
+        module = copy.deepcopy(mixer).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = module(x.to(dtype), cu_seqlens)
+        gradients = torch.autograd.grad(out, list(module.parameters()), weights.to(out.dtype))
+        assert all(gradient.dtype == dtype for gradient in gradients)
+        return [out, *gradients]
+
+    cast, plain = run(torch.float32, True), run(torch.bfloat16, False)
+    assert cast[0].dtype == torch.bfloat16
+    for got, other, exact in zip(cast, plain, run(torch.float64, False), strict=True):
+        assert_within_low_precision_budget(got, other, exact)
 
 
 @pytest.mark.parametrize(

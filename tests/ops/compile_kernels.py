@@ -17,28 +17,36 @@ from triton.compiler import ASTSource
 from h_net_dynamic_chunking.ops import segment
 from h_net_dynamic_chunking.ops._triton import (
     boundary,
+    causal_conv,
     dechunk_backward,
     dechunk_forward,
+    gated_norm,
     gather,
     ratio,
     segmentation,
+    sequence_ids,
     ssd_backward,
     ssd_chunks,
     ssd_forward,
     ssd_states,
+    time_step,
 )
 
 MODULES = (
     boundary,
+    causal_conv,
     dechunk_backward,
     dechunk_forward,
+    gated_norm,
     gather,
     ratio,
     segmentation,
+    sequence_ids,
     ssd_backward,
     ssd_chunks,
     ssd_forward,
     ssd_states,
+    time_step,
 )
 
 _TYPES = {
@@ -123,6 +131,7 @@ def call_launchers() -> None:
         )
     dechunk_backward.expand_bwd(x, z, *walked)
     call_ssd()
+    call_mamba2_parts()
 
 
 def call_ssd() -> None:
@@ -149,6 +158,21 @@ def call_ssd() -> None:
     )
     state = torch.zeros(1, heads, N, P)
     ssd_forward.ssd_fwd(x, dt, A, B, C, D, None, initial=state, final=state)
+
+
+def call_mamba2_parts() -> None:
+    """With slices as inputs and as places for gradients."""
+    total, dim, heads = 100, 300, 6
+    projected, cu_seqlens = torch.randn(total, 2 * dim + heads).bfloat16(), torch.tensor([0, total])
+    z, x, raw = projected.split([dim, dim, heads], 1)
+    weight, bias = torch.randn(dim, 1, 4).bfloat16(), torch.randn(dim)
+    ids = sequence_ids.sequence_ids(cu_seqlens, total)
+    out = causal_conv.conv_fwd(x, weight, bias, *ids)
+    causal_conv.conv_bwd(out, x, weight, bias, *ids, x)
+    gated_norm.gated_norm_fwd(out, z, bias, 1e-5, cu_seqlens)
+    gated_norm.gated_norm_bwd(out, out, z, bias, 1e-5, cu_seqlens, z)
+    dt = time_step.time_step_fwd(raw, bias[:heads], cu_seqlens)
+    time_step.time_step_bwd(dt, raw, bias[:heads], cu_seqlens, raw)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,10 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def assert_kernels_agree(op: Op, *inputs: Tensor) -> None:
+def assert_kernels_agree(op: Op, *inputs: Tensor, low_precision: bool = True) -> None:
     """In value and gradient: float32 to the table's tolerance, twice in a row to the last bit, and
-    low precision within twice the error of the torch operations."""
+    low precision within twice the error of the torch operations, which takes more than a few
+    numbers in each: of few the error is a matter of luck."""
     inputs = tuple(x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in inputs)
     exact = values_and_gradients("torch", op, inputs, torch.float64)
     got = values_and_gradients("triton", op, inputs, torch.float32)
@@ -60,7 +61,7 @@ def assert_kernels_agree(op: Op, *inputs: Tensor) -> None:
     if DEVICE == "cuda":
         again = values_and_gradients("triton", op, inputs, torch.float32)
         assert all(map(torch.equal, got, again)), "results differ from run to run"
-    for dtype in LOW_PRECISION:
+    for dtype in LOW_PRECISION if low_precision else []:
         # The exact result of the rounded inputs: their rounding is nobody's error.
         rounded = tuple(_cast(_cast(x, dtype), torch.float64) for x in inputs)
         rounded = tuple(

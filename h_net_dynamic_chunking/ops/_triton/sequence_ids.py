@@ -16,8 +16,8 @@ def sequence_ids_kernel(cu, sequence, T, B, steps, BLOCK: tl.constexpr):
     tl.store(sequence + o_t, sequence_of(cu, o_t, B, steps).to(tl.int32), mask=o_t < T)
 
 
-def sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Int32 (total,): the sequence of each position, `batch` in the tail."""
+def sequence_ids(cu_seqlens: Tensor, total: int) -> tuple[Tensor, int]:
+    """Int32 (total,), the sequence of each position, `batch` in the tail; and `batch`."""
     batch = len(cu_seqlens) - 1
     sequence = torch.empty(total, dtype=torch.int32, device=cu_seqlens.device)
     launch(
@@ -33,4 +33,4 @@ def sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:
         {"BLOCK": _BLOCK},
         num_warps=4,
     )
-    return sequence
+    return sequence, batch

@@ -1,0 +1,122 @@
+"""The kernels of the Mamba-2 layer, but for its recurrence, against the torch operations."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops import (
+    Mamba2Parameters,
+    causal_conv,
+    gated_norm,
+    mamba2_inner,
+    use_backend,
+)
+from tests.ops.mamba2_cases import mamba2_inputs
+from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
+from tests.ops.triton_cases import poisoned_memory as poisoned_memory
+from tests.support import cumulative, randn
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic")
+
+
+def conv_parameters(channels: int, taps: int) -> tuple[Tensor, Tensor]:
+    return randn(channels, 1, taps, seed=1), randn(channels, seed=2)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3])
+def test_causal_conv_of_fewer_taps(taps: int) -> None:
+    cu_seqlens = cumulative([3, 0, 1, 7], DEVICE)
+    assert_kernels_agree(
+        lambda *inputs: causal_conv(*inputs, cu_seqlens),
+        randn(11, 24),
+        *conv_parameters(24, taps),
+    )
+
+
+def test_causal_conv_of_wide_and_of_padded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More channels than a program has, sequences longer than it walks, and rows of a batch."""
+    from h_net_dynamic_chunking.ops._triton import causal_conv as kernels
+
+    for name in ("_FORWARD", "_BACKWARD"):
+        monkeypatch.setattr(kernels, name, (16, 8, 2, 1))
+    assert_kernels_agree(
+        lambda x, *rest: causal_conv(x.unflatten(0, (2, 19)), *rest).flatten(0, 1),
+        randn(38, 20),
+        *conv_parameters(20, 4),
+    )
+
+
+@pytest.mark.parametrize("total", [1, 11, 40])
+def test_gated_norm(total: int) -> None:
+    y, z, weight = randn(total, 20), randn(total, 20, seed=1), randn(20, seed=2)
+    cu_seqlens = cumulative([total - 1, 1], DEVICE)
+    assert_kernels_agree(lambda *inputs: gated_norm(*inputs, cu_seqlens), y, z, weight)
+    assert_kernels_agree(lambda y, z, w: gated_norm(y[None], z[None], w)[0], y, z, weight)
+
+
+def test_slices_and_tails_of_nan() -> None:
+    wide, y, cu_seqlens = randn(12, 24), randn(12, 20, seed=3), cumulative([3, 0, 6], DEVICE)
+    with torch.no_grad():
+        wide[9:], y[9:] = torch.nan, torch.nan
+    parameters = conv_parameters(20, 4)
+    assert_kernels_agree(
+        lambda x, *rest: causal_conv(x[:, 2:22], *rest, cu_seqlens), wide, *parameters
+    )
+    assert_kernels_agree(
+        lambda y, z, w: gated_norm(y, z[:, 3:23], w, cu_seqlens), y, wide, parameters[1]
+    )
+
+
+def inner(projected: Tensor, *parameters: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    return mamba2_inner(projected, Mamba2Parameters(*parameters), cu_seqlens)
+
+
+def kernel_inputs(total: int) -> tuple[Tensor, ...]:
+    """Of the smallest sizes of the recurrence's kernels."""
+    return mamba2_inputs(total, heads=4, head_dim=16, d_state=16, taps=4)
+
+
+@pytest.mark.parametrize("lens", LENS)
+def test_mamba2(lens: list[int]) -> None:
+    cu_seqlens = cumulative(lens, DEVICE)
+    assert_kernels_agree(
+        lambda *inputs: inner(*inputs, cu_seqlens=cu_seqlens),
+        *kernel_inputs(sum(lens)),
+        low_precision=sum(lens) > 20,
+    )
+
+
+def test_mamba2_of_padded_rows() -> None:
+    assert_kernels_agree(
+        lambda projected, *rest: inner(projected.unflatten(0, (2, 5)), *rest).flatten(0, 1),
+        *kernel_inputs(10),
+        low_precision=False,
+    )
+
+
+def test_mamba2_with_a_tail_of_nan() -> None:
+    projected, *parameters = kernel_inputs(12)
+    cu_seqlens = cumulative([3, 0, 6], DEVICE)
+    with torch.no_grad():
+        projected[9:] = torch.nan
+    assert_kernels_agree(
+        lambda *inputs: inner(*inputs, cu_seqlens=cu_seqlens),
+        projected,
+        *parameters,
+        low_precision=False,
+    )
+
+
+def test_sizes_that_the_kernels_do_not_take() -> None:
+    """By name they are refused, each part with its reason."""
+    cu_seqlens, x = cumulative([4], DEVICE), randn(4, 5, device=DEVICE).float()
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match="the kernels take up to 4 taps, not 5"):
+            causal_conv(x, randn(5, 1, 5).float().to(DEVICE), x[0], cu_seqlens)
+        wide = torch.ones(1, 8200, device=DEVICE)
+        with pytest.raises(ValueError, match="the kernels take rows of up to 8192, not 8200"):
+            gated_norm(wide, wide, wide[0], cumulative([1], DEVICE))
+        inputs = [x.detach().float().to(DEVICE) for x in mamba2_inputs(4)]
+        with pytest.raises(ValueError, match="powers of 2 from 16 to 128, not 3 and 4"):
+            inner(*inputs, cu_seqlens=cu_seqlens)
