@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from h_net_dynamic_chunking import checkpoints
 from h_net_dynamic_chunking.config import PRESETS, HNetConfig
@@ -24,8 +23,9 @@ from h_net_dynamic_chunking.h_net import HNet
 from h_net_dynamic_chunking.layers import Isotropic, parse_layout
 from h_net_dynamic_chunking.layout import Layout, layout_of
 from h_net_dynamic_chunking.lm_inference import InferenceCache, LMInference, check_ids
-from h_net_dynamic_chunking.lm_input import IGNORED, checked_labels, checked_lens
+from h_net_dynamic_chunking.lm_input import checked_labels, checked_lens
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
+from h_net_dynamic_chunking.ops.cross_entropy import IGNORED, summed_cross_entropy
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.scaling import (
     INIT_STD,
@@ -354,8 +354,7 @@ class HNetLM(LMInference):
         """The summed cross entropy, and how many labels there were (at least 1)."""
         flat = checked_labels(labels, logits, layout, self.config.vocab_size).flatten()
         logits = logits.values() if logits.is_nested else logits
-        wide = logits.flatten(0, -2).to(accumulation_dtype(logits.dtype))
-        loss = F.cross_entropy(wide, flat, ignore_index=IGNORED, reduction="sum")
+        loss = summed_cross_entropy(logits.flatten(0, -2), flat)
         return loss, (flat != IGNORED).sum().clamp(min=1)
 
 

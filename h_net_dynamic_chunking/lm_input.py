@@ -5,9 +5,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.layout import Layout, same_rows
 from h_net_dynamic_chunking.lm_inference import check_integers, check_range
-
-IGNORED = -100
-"""The label where there is nothing to predict."""
+from h_net_dynamic_chunking.ops.cross_entropy import IGNORED
 
 
 def checked_lens(

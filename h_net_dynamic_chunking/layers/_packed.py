@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.packing import in_some_sequence, sequence_of_position
+from h_net_dynamic_chunking.ops.packing import in_some_sequence
 
 
 def zero_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -13,12 +13,6 @@ def zero_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     inside = in_some_sequence(cu_seqlens, x.shape[0])
     return torch.where(inside.view(-1, *[1] * (x.ndim - 1)), x, 0)
-
-
-def position_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Int64 `(total,)`: how many positions of the same sequence stand before each."""
-    sequence = sequence_of_position(cu_seqlens, total)
-    return torch.arange(total, device=cu_seqlens.device) - cu_seqlens[sequence]
 
 
 def longest(cu_seqlens: Tensor) -> int:

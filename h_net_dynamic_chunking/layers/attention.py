@@ -27,9 +27,9 @@ from h_net_dynamic_chunking.layers._checks import (
     check_sizes,
     check_step_input,
 )
-from h_net_dynamic_chunking.layers._packed import longest, position_in_sequence, zero_tail
+from h_net_dynamic_chunking.layers._packed import longest, zero_tail
 from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.rotary import rotary, rotate
 
 
 @cache
@@ -44,27 +44,6 @@ def _varlen() -> tuple[Callable[..., Any], bool]:
     return varlen_attn, "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def rotate(x: Tensor, position: Tensor, rotary_dim: int, base: float = 10000.0) -> Tensor:
-    """Turn channels i and i + rotary_dim/2 at position t by the angle t * base^(-2i/rotary_dim).
-
-    x:         (..., heads, head_dim), float
-    position:  int, with the leading dimensions of x or the last of them: (length,) or (batch,)
-    out:       like x; channels from rotary_dim on are left alone, angles are float32 (float64)
-
-    >>> x = torch.tensor([1.0, 0.0]).expand(1, 2, 1, 2)
-    >>> rotate(x, torch.arange(2), 2)[0, :, 0]
-    tensor([[1.0000, 0.0000],
-            [0.5403, 0.8415]])
-    """
-    wide, half = accumulation_dtype(x.dtype), rotary_dim // 2
-    exponent = torch.arange(half, dtype=wide, device=x.device) * (-2 / max(rotary_dim, 1))
-    angle = (position.to(wide)[..., None] * base**exponent)[..., None, :]  # (..., 1, half)
-    cos, sin = angle.cos(), angle.sin()
-    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
-
-
 class CausalAttention(nn.Module):
     """Let each position attend to itself and to those before it.
 
@@ -72,10 +51,12 @@ class CausalAttention(nn.Module):
     cu_seqlens:  (batch + 1,), int32 or int64: cumulative lengths of packed sequences. Rows from
                  cu_seqlens[-1] on may hold anything and come out as zeros
     max_seqlen:  the longest of the packed sequences, or more. None reads it, which stops the host
+    tail_is_zero: whether x is known to hold zeros behind the last sequence, which saves a copy
     out:         shape of x, dtype of `out_proj`'s result
 
-    Packed sequences go through `varlen_attn` where that can run, which is on a GPU in half
-    precision; elsewhere through `scaled_dot_product_attention`, one after the other.
+    Packed sequences, and windows in padded ones, go through `varlen_attn` where that can run, which
+    is on a GPU in half precision: its gradients may differ in their last bits from run to run. All
+    else goes through `scaled_dot_product_attention`, packed sequences one after the other.
 
     Args:
         d_model: width of the input.
@@ -127,20 +108,27 @@ class CausalAttention(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        tail_is_zero: bool = False,
     ) -> Tensor:
         check_input(x, self.d_model, cu_seqlens)
-        if cu_seqlens is None:
-            q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device))
+        if cu_seqlens is not None and not tail_is_zero:
+            # The gradient of the weights multiplies whatever is there by zero.
+            x = zero_tail(x, cu_seqlens)
+        q, k, v = rotary(
+            self.Wqkv(x), self.num_heads, self.rotary_dim, self.rotary_base, cu_seqlens
+        )
+        if cu_seqlens is None and self._sees_all(x.shape[1]):
             mixed = self._attend(q, k, v)
+        elif cu_seqlens is None:
+            mixed = self._attend_from_start(q, k, v)
+        elif self._varlen_can_run(q):
+            mixed = self._attend_varlen(q, k, v, cu_seqlens, max_seqlen)
         else:
-            q, k, v = self._project(
-                zero_tail(x, cu_seqlens), position_in_sequence(cu_seqlens, x.shape[0])
-            )
-            if self._varlen_can_run(q):
-                mixed = self._attend_varlen(q, k, v, cu_seqlens, max_seqlen)
-            else:
-                mixed = self._attend_one_by_one(q, k, v, cu_seqlens)
+            mixed = self._attend_one_by_one(q, k, v, cu_seqlens)
         return self._merge(mixed)
 
     def allocate_inference_cache(
@@ -337,15 +325,17 @@ class CausalAttention(nn.Module):
         if has_window:
             causal = {"window_size": (self.window_size, 0)}
         ends = cu_seqlens.to(torch.int32)
-        # The kernels write nothing to the tail, neither of the result nor of the gradients.
-        q, k, v = (zero_tail(part, cu_seqlens) for part in (q, k, v))
+        # The kernels write nothing to the tail. In the gradients `rotary` does.
         mixed = varlen_attn(q, k, v, ends, ends, max_seqlen, max_seqlen, **causal)
         return zero_tail(cast(Tensor, mixed), cu_seqlens)
 
+    def _sees_all(self, length: int) -> bool:
+        """Whether the window reaches past the start, and so is none, which is faster."""
+        return self.window_size == -1 or self.window_size >= length - 1
+
     def _window(self, length: int, device: torch.device) -> Tensor | None:
         """Bool `(length, length)`, True where i - window_size <= j <= i; None if all of j <= i."""
-        # A window that reaches past the start is none, and is_causal picks the faster kernels.
-        if self.window_size == -1 or self.window_size >= length - 1:
+        if self._sees_all(length):
             return None
         seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         return seen.triu(-self.window_size)

@@ -4,9 +4,9 @@ The second half of fc1 is the gate, as in the official checkpoints. No biases.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from h_net_dynamic_chunking.layers._checks import check_sizes
+from h_net_dynamic_chunking.ops.swiglu import swiglu
 
 # Widths are rounded up to this, the official choice: whole tiles of a GPU's matrix units.
 _WIDTH_MULTIPLE = 128
@@ -54,6 +54,5 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.d_model,):
             raise ValueError(f"x must have shape (..., {self.d_model}), got {tuple(x.shape)}")
-        value, gate = self.fc1(x).chunk(2, dim=-1)
-        projected: Tensor = self.fc2(value * F.silu(gate))
+        projected: Tensor = self.fc2(swiglu(self.fc1(x)))
         return projected

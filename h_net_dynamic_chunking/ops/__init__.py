@@ -3,8 +3,8 @@
 boundary probability -> compaction -> (any network) -> smoothing -> expansion
 
 The last two are also one operation, `dechunk`, which is what the chunker runs. Beside them stand
-those of the Mamba-2 layers around the chunker, `causal_conv`, `ssd` and `gated_norm`, which are
-also one operation, `mamba2_inner`.
+those of the layers around the chunker: `causal_conv`, `ssd` and `gated_norm` of Mamba-2, which are
+also one operation, `mamba2_inner`; `rms_norm`, `swiglu`, `rotary`, `cross_entropy`.
 
 Each has its contract at the top of its file, a sequential oracle in `ops.reference`, a hand-written
 backward registered with torch.library, and a step form for decoding. The backward passes have no

@@ -48,6 +48,12 @@ def sequence_of_position(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
 
 
+def position_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Int64 `(total,)`: how many positions of the same sequence stand before each."""
+    sequence = sequence_of_position(cu_seqlens, total)
+    return torch.arange(total, device=cu_seqlens.device) - cu_seqlens[sequence]
+
+
 def check_packed(name: str, tensor: Tensor, ndim: int) -> None:
     """Raise ValueError unless `tensor` is a floating-point tensor of `ndim` dimensions."""
     if tensor.ndim != ndim or not tensor.is_floating_point():

@@ -18,34 +18,44 @@ from h_net_dynamic_chunking.ops import segment
 from h_net_dynamic_chunking.ops._triton import (
     boundary,
     causal_conv,
+    cross_entropy,
     dechunk_backward,
     dechunk_forward,
     gated_norm,
     gather,
+    partial_sums,
     ratio,
+    rms_norm,
+    rotary,
     segmentation,
     sequence_ids,
     ssd_backward,
     ssd_chunks,
     ssd_forward,
     ssd_states,
+    swiglu,
     time_step,
 )
 
 MODULES = (
     boundary,
     causal_conv,
+    cross_entropy,
     dechunk_backward,
     dechunk_forward,
     gated_norm,
     gather,
+    partial_sums,
     ratio,
+    rms_norm,
+    rotary,
     segmentation,
     sequence_ids,
     ssd_backward,
     ssd_chunks,
     ssd_forward,
     ssd_states,
+    swiglu,
     time_step,
 )
 
@@ -130,8 +140,22 @@ def call_launchers() -> None:
             straight_through=straight_through,
         )
     dechunk_backward.expand_bwd(x, z, *walked)
+    call_layers(x, cu_seqlens)
     call_ssd()
     call_mamba2_parts()
+
+
+def call_layers(x: Tensor, cu_seqlens: Tensor) -> None:
+    """Those of the operations of the layers."""
+    dtype, h, w, labels = x.dtype, x.float(), x[0].clone(), torch.zeros(len(x), dtype=torch.int64)
+    rms_norm.add_rms_norm_fwd(h, x, w, 1e-5, cu_seqlens)
+    rms_norm.add_rms_norm_bwd(h, x, h, w, 1e-5, cu_seqlens, torch.float32, dtype)
+    swiglu.swiglu_fwd(x)
+    swiglu.swiglu_bwd(x[:, :150], x)
+    q, k, v, cos_sin = rotary.rotary_fwd(x, 4, 12, 10000.0, cu_seqlens)
+    rotary.rotary_bwd(q, k, v, cos_sin, cu_seqlens)
+    cross_entropy.cross_entropy_fwd(x, labels)
+    cross_entropy.cross_entropy_bwd(h[0, 0], x, labels)
 
 
 def call_ssd() -> None:

@@ -14,7 +14,11 @@ from h_net_dynamic_chunking.ops import (
     segment,
     use_backend,
 )
+from h_net_dynamic_chunking.ops.cross_entropy import summed_cross_entropy
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
+from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
+from h_net_dynamic_chunking.ops.rotary import rotary
+from h_net_dynamic_chunking.ops.swiglu import swiglu
 from tests.ops.triton_cases import DEVICE
 from tests.support import assert_close, boundaries, cumulative, probabilities, randn
 
@@ -27,6 +31,10 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "expand": lambda x, p: expand(x, torch.arange(len(x), device=DEVICE), p),
     "dechunk": lambda x, p: dechunk(SEGMENTATION.select(x), p, SEGMENTATION),
     "ratio_loss": lambda x, p: pooled_ratio_loss(MASK, p, CU_SEQLENS, 6.0) * x.sum(),
+    "add_rms_norm": lambda x, p: add_rms_norm(x, x.sin(), x[0])[1] * p[:, None],
+    "swiglu": lambda x, p: swiglu(x) * p[:, None],
+    "rotary": lambda x, p: rotary(x.repeat(1, 3), 1, 4, 1e4, CU_SEQLENS)[0] * p.sum(),
+    "cross_entropy": lambda x, p: summed_cross_entropy(x, MASK.long()) * p.sum(),
 }
 
 

@@ -1,0 +1,38 @@
+"""Sums of what programs leave behind: the order is fixed, so that the result is always the same."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.common import launch
+
+_ROWS, _COLUMNS = 64, 32
+
+
+@triton.jit(do_not_specialize=["parts"])
+def column_sums_kernel(
+    partial, out, parts, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    o_d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    b_sum = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for i in range(0, parts, ROWS):
+        o_p = i + tl.arange(0, ROWS)
+        m_part = (o_p < parts)[:, None] & (o_d < D)[None, :]
+        b_sum += tl.load(partial + o_p[:, None] * D + o_d[None, :], mask=m_part, other=0)
+    b_out = tl.sum(b_sum, axis=0).to(out.dtype.element_ty)
+    tl.store(out + o_d, b_out, mask=o_d < D)
+
+
+def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """(parts, dim) float32 -> (dim,), rounded once."""
+    parts, dim = partial.shape
+    out = torch.empty(dim, dtype=dtype, device=partial.device)
+    launch(
+        column_sums_kernel,
+        triton.cdiv(dim, _COLUMNS),
+        {"partial": partial, "out": out, "parts": parts},
+        {"D": dim, "ROWS": _ROWS, "COLUMNS": _COLUMNS},
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,188 @@
+"""The operations of the layers on torch: against their oracles, tails, gradcheck, compilation."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops import reference_layers as reference
+from h_net_dynamic_chunking.ops.cross_entropy import IGNORED, summed_cross_entropy
+from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
+from h_net_dynamic_chunking.ops.rotary import rotary
+from h_net_dynamic_chunking.ops.swiglu import swiglu
+from tests.support import (
+    DEVICES,
+    RAGGED,
+    assert_close,
+    assert_same_function,
+    compiled,
+    cumulative,
+    generator,
+    randn,
+)
+
+SHORT = [lens for lens in RAGGED if sum(lens) < 50]
+DIM, HEADS, HEAD_DIM = 5, 2, 6
+
+
+def weight(dim: int = DIM, device: str = "cpu") -> Tensor:
+    return (1 + randn(dim, seed=7, device=device).detach() / 4).requires_grad_()
+
+
+def some_labels(total: int, vocab: int, device: str = "cpu") -> Tensor:
+    """Of every third position none."""
+    labels = torch.randint(vocab, (total,), generator=generator())
+    labels[::3] = IGNORED
+    return labels.to(device)
+
+
+def both(s: Tensor, out: Tensor) -> Tensor:
+    """Two results as one, for comparisons of one."""
+    return torch.cat((s, out.to(s.dtype)), dim=-1)
+
+
+def joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.stack((q, k, v)).flatten(1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("with_update", [True, False])
+@pytest.mark.parametrize("total", [0, 1, 7])
+def test_add_rms_norm(total: int, with_update: bool, device: str) -> None:
+    inputs = [randn(total, DIM, device=device), weight(device=device)]
+    if with_update:
+        inputs.append(randn(total, DIM, seed=3, device=device))
+    for part in (0, 1):
+        assert_same_function(
+            lambda h, w, *u, i=part: add_rms_norm(h, *(u or (None,)), w)[i],
+            lambda h, w, *u, i=part: reference.add_rms_norm(h, *(u or (None,)), w)[i],
+            inputs,
+        )
+
+
+def test_add_rms_norm_dtypes() -> None:
+    """The stream is float32 whatever comes in, and each gradient has its input's dtype."""
+    h, update = (randn(2, 3, DIM, seed=i).detach().bfloat16().requires_grad_() for i in (0, 1))
+    for stream in (h, h.detach().float().requires_grad_()):
+        s, out = add_rms_norm(stream, update, weight().bfloat16())
+        assert (s.dtype, out.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(s, stream.float() + update.float())
+        grads = torch.autograd.grad(s.sum() + out.sum(), (stream, update))
+        assert [grad.dtype for grad in grads] == [stream.dtype, torch.bfloat16]
+    s, out = add_rms_norm(h, None, weight())
+    assert (s.dtype, out.dtype) == (torch.float32, torch.float64)
+
+
+def test_add_rms_norm_tail_of_nan() -> None:
+    cu_seqlens, h, update = cumulative([3, 1]), randn(6, DIM), randn(6, DIM, seed=1)
+    with torch.no_grad():
+        h[4:], update[4:] = torch.nan, torch.nan
+    s, out = add_rms_norm(h, update, weight(), cu_seqlens=cu_seqlens)
+    want = reference.add_rms_norm(h[:4], update[:4], weight())
+    assert_close("s", s[:4], want[0])
+    assert_close("out", out[:4], want[1])
+    assert not s[4:].any()
+    assert not out[4:].any()
+    # Whatever gradient comes to the tail.
+    poison = torch.ones_like(s).index_fill(0, torch.tensor([4, 5]), torch.nan)
+    grads = torch.autograd.grad((s, out), (h, update), (poison, poison))
+    for grad in grads:
+        assert not grad[4:].any()
+        assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 6), (1, 2), (7, 10)])
+def test_swiglu(shape: tuple[int, int], device: str) -> None:
+    assert_same_function(swiglu, reference.swiglu, [randn(*shape, device=device)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotary_dim", [0, 4, HEAD_DIM])
+@pytest.mark.parametrize("lens", SHORT)
+def test_rotary(lens: list[int], rotary_dim: int, device: str) -> None:
+    cu_seqlens, qkv = cumulative(lens, device), randn(sum(lens), 36, device=device)
+    assert_same_function(
+        lambda x: joined(*rotary(x, HEADS, rotary_dim, 50.0, cu_seqlens)),
+        lambda x: joined(*reference.rotary(x, HEADS, rotary_dim, 50.0, cu_seqlens)),
+        [qkv],
+    )
+
+
+def test_rotary_of_padded_rows() -> None:
+    qkv, cu_seqlens = randn(3, 4, 36), cumulative([4, 4, 4])
+    for got, want in zip(
+        rotary(qkv, HEADS, 4), rotary(qkv.flatten(0, 1), HEADS, 4, 10000.0, cu_seqlens), strict=True
+    ):
+        assert_close("turned", got.flatten(0, 1), want)
+
+
+def test_rotary_tail_of_nan() -> None:
+    cu_seqlens, qkv = cumulative([3, 1]), randn(6, 36)
+    with torch.no_grad():
+        qkv[4:] = torch.nan
+    parts = rotary(qkv, HEADS, 4, 10000.0, cu_seqlens)
+    assert not any(part[4:].any() for part in parts)
+    poison = torch.ones_like(parts[0]).index_fill(0, torch.tensor([4, 5]), torch.nan)
+    (grad,) = torch.autograd.grad(parts, qkv, [poison] * 3)
+    assert not grad[4:].any()
+    assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 11)])
+def test_cross_entropy(shape: tuple[int, int], device: str) -> None:
+    labels = some_labels(*shape, device=device)
+    assert_same_function(
+        lambda x: summed_cross_entropy(x, labels),
+        lambda x: reference.cross_entropy(x, labels),
+        [randn(*shape, device=device)],
+    )
+
+
+def test_gradcheck_and_opcheck() -> None:
+    cu_seqlens, labels, ops = cumulative([2, 0, 1]), some_labels(4, 5), torch.ops.h_net
+    h, update, logits, w = randn(4, DIM), randn(4, DIM, seed=1), randn(4, 5, seed=2), weight()
+    x, qkv = randn(4, 6), randn(4, 12)
+    for function, inputs in (
+        (lambda h, u, w: add_rms_norm(h, u, w, cu_seqlens=cu_seqlens), (h, update, w)),
+        (lambda h, w: add_rms_norm(h, None, w), (h, w)),
+        (swiglu, (x,)),
+        (lambda x: rotary(x, 2, 2, 10.0, cu_seqlens), (qkv,)),
+        (lambda x: summed_cross_entropy(x, labels), (logits,)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs)
+    grad, grads = randn(4, DIM, seed=4).detach(), randn(3, 4, 2, 2).detach()
+    dtypes = torch.float64, torch.bfloat16
+    for op, inputs in (
+        (ops.add_rms_norm, (h, update, w, 1e-5, cu_seqlens)),
+        (ops.add_rms_norm, (h, None, w, 1e-5, None)),
+        (ops.add_rms_norm_backward, (grad, grad, h.detach(), w.detach(), 1e-5, None, *dtypes)),
+        (ops.swiglu, (x,)),
+        (ops.swiglu_backward, (x.detach()[:, :3], x.detach())),
+        (ops.rotary, (qkv, 2, 2, 10.0, cu_seqlens)),
+        (ops.rotary_backward, (*grads, randn(4, 2, 1).detach(), cu_seqlens)),
+        (ops.cross_entropy, (logits, labels)),
+        (ops.cross_entropy_backward, (w.detach().sum(), logits.detach(), labels)),
+    ):
+        torch.library.opcheck(op.default, inputs)
+
+
+def test_compile() -> None:
+    """Whole graph, once for all lengths."""
+
+    def everything(x: Tensor, w: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+        s, out = add_rms_norm(x, x.sin(), w, cu_seqlens=cu_seqlens)
+        q, k, v = rotary(swiglu(torch.cat((s, out), dim=-1)), 2, 2, 10.0, cu_seqlens)
+        return summed_cross_entropy((q * k + v).flatten(1), labels)
+
+    run, compilations = compiled(everything)
+    graphs: set[int] = set()
+    for lens in ([3, 2], [4, 9], [1, 6]):
+        total = sum(lens) + 1
+        inputs = randn(total, 12), weight(12)
+        rest = some_labels(total, 4), cumulative(lens)
+        assert_same_function(
+            lambda x, w, r=rest: run(x, w, *r), lambda x, w, r=rest: everything(x, w, *r), inputs
+        )
+        graphs.add(compilations())
+    assert len(graphs) == 1
