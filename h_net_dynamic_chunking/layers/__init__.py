@@ -1,6 +1,6 @@
 """The layers that a language model puts around the chunker: mixers, MLP, and stacks of them.
 
-Plain torch on any device; each is an ordinary module, and any other module can take its place.
+On any device; each is an ordinary module, and any other module can take its place.
 """
 
 from h_net_dynamic_chunking.layers.attention import CausalAttention

@@ -8,14 +8,19 @@ from torch import Tensor, nn
 from h_net_dynamic_chunking import step_module
 from h_net_dynamic_chunking.cache import ALL_ROWS, Rows
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
-from h_net_dynamic_chunking.layers.norm import RMSNorm
+from h_net_dynamic_chunking.layers.norm import RMSNorm, add_then_norm
 
 
 class Block(nn.Module):
     """Add a mixer, then perhaps an MLP, to the residual stream; each sees it through its norm.
 
-    h, out: (batch, length, d_model), float32 or float64; packed (total, d_model) with `cu_seqlens`,
-            which goes on to the mixer, as does `max_seqlen` if the mixer's forward names it
+    What a part adds waits for the norm that comes next, which is one operation with the addition.
+    So the stream goes from block to block as a pair, and is the sum of the two.
+
+    h:       (batch, length, d_model), float; packed (total, d_model) with `cu_seqlens`. The mixer
+             gets that, `max_seqlen` and `tail_is_zero`, as far as its forward names them
+    update:  like h, what is still to be added to it; None for nothing
+    out:     the pair h, update after this block; h float32 or float64
     """
 
     def __init__(self, mixer: nn.Module, d_model: int, mlp: SwiGLU | None = None) -> None:
@@ -28,13 +33,23 @@ class Block(nn.Module):
         self.lengths = _lengths_named_by(mixer)  # dynamo cannot trace the inspection
 
     def forward(
-        self, h: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
-    ) -> Tensor:
+        self,
+        h: Tensor,
+        update: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         lengths: dict[str, Any] = {}
         if cu_seqlens is not None:
-            offers = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+            # The norm leaves zeros in the tail, whatever the stream has there.
+            offers = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "tail_is_zero": True}
             lengths = {name: offers[name] for name in self.lengths}
-        return self._add_mlp(h + self.mixer(self.norm1(h), **lengths))
+        h, normed = add_then_norm(self.norm1, h, update, cu_seqlens)
+        update = self.mixer(normed, **lengths)
+        if self.norm2 is not None and self.mlp is not None:
+            h, normed = add_then_norm(self.norm2, h, update, cu_seqlens)
+            update = self.mlp(normed)
+        return h, update
 
     def step(self, h: Tensor, cache: Any, rows: Rows = ALL_ROWS) -> Tensor:
         """One position: h, out (rows, d_model)."""
@@ -53,7 +68,7 @@ class Block(nn.Module):
 
 
 def _lengths_named_by(mixer: nn.Module) -> list[str]:
-    """Which of `cu_seqlens` and `max_seqlen` the mixer's forward names."""
+    """Which of the arguments for packed input the mixer's forward names."""
     mixer = getattr(mixer, "_orig_mod", mixer)  # torch.compile hides the signature behind *args
     names = inspect.signature(mixer.forward).parameters
-    return [name for name in ("cu_seqlens", "max_seqlen") if name in names]
+    return [name for name in ("cu_seqlens", "max_seqlen", "tail_is_zero") if name in names]

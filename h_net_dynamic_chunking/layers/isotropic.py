@@ -23,13 +23,13 @@ from h_net_dynamic_chunking.layers._checks import (
     check_sizes,
     check_step_input,
 )
-from h_net_dynamic_chunking.layers._packed import longest, zero_tail
+from h_net_dynamic_chunking.layers._packed import longest
 from h_net_dynamic_chunking.layers.attention import CausalAttention
 from h_net_dynamic_chunking.layers.block import Block
 from h_net_dynamic_chunking.layers.fused_step import can_fuse, fused_step
 from h_net_dynamic_chunking.layers.mamba2 import Mamba2
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
-from h_net_dynamic_chunking.layers.norm import RMSNorm
+from h_net_dynamic_chunking.layers.norm import RMSNorm, add_then_norm
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 MixerFactory = Callable[[int], nn.Module]
@@ -98,16 +98,14 @@ class Isotropic(nn.Module):
         self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
     ) -> Tensor:
         check_input(x, self.d_model, cu_seqlens)
-        h = x.to(accumulation_dtype(x.dtype))
         if cu_seqlens is not None:
             self._check_packed_mixers()
-            h = zero_tail(h, cu_seqlens)
             if max_seqlen is None and any("max_seqlen" in block.lengths for block in self._blocks):
                 max_seqlen = longest(cu_seqlens)
+        h, update = x, None
         for layer in self.layers:
-            h = layer(h, cu_seqlens, max_seqlen)
-        out: Tensor = self.rmsnorm(h)
-        return out
+            h, update = layer(h, update, cu_seqlens, max_seqlen)
+        return add_then_norm(self.rmsnorm, h, update, cu_seqlens)[1]
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from h_net_dynamic_chunking.layers._packed import zero_tail
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
+
 
 class RMSNorm(nn.RMSNorm):
     """Normalise over the last dimension in the wider of two dtypes; return the weight's dtype.
@@ -30,3 +34,24 @@ class RMSNorm(nn.RMSNorm):
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         normed = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
         return normed.to(self.weight.dtype)
+
+
+def add_then_norm(
+    norm: nn.Module, h: Tensor, update: Tensor | None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The residual stream h + update, at least float32, and what `norm` makes of it.
+
+    As one operation, `ops.rms_norm`, for an `RMSNorm` as this library has it; anything that stands
+    in its place, or that is watched by hooks, is called as a module.
+
+    h, update:   (..., dim), float; None for nothing to add
+    cu_seqlens:  with h packed, (total, dim): rows of no sequence count as zeros
+    """
+    if type(norm) is RMSNorm and not (norm._forward_hooks or norm._forward_pre_hooks):
+        return add_rms_norm(h, update, norm.weight, norm.eps or 0.0, cu_seqlens)
+    h = h.to(accumulation_dtype(h.dtype))
+    if update is not None:
+        h = h + update
+    if cu_seqlens is not None:
+        h = zero_tail(h, cu_seqlens)
+    return h, norm(h)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.layers import CausalAttention, Isotropic, Mamba2, RMSNorm
@@ -82,7 +83,7 @@ def test_layout_builds_the_layers_and_keys() -> None:
 def all_bfloat16(stack: Isotropic, x: Tensor) -> Tensor:
     """The stack as plain bfloat16 code would run it: every residual sum rounded to bfloat16."""
     for layer in stack.layers:
-        x = layer(x).bfloat16()
+        x = sum(layer(x)).bfloat16()
     out: Tensor = stack.rmsnorm(x)
     return out
 
@@ -104,7 +105,7 @@ def test_residual_stream_is_at_least_float32(dtype: torch.dtype) -> None:
     stack = small_stack("m1T1").to(dtype)
     seen: list[torch.dtype] = []
     for layer in stack.layers:
-        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output[0].dtype))
     out = stack(torch.randn(1, 4, D_MODEL, dtype=dtype))
     assert seen == [torch.promote_types(dtype, torch.float32)] * 2
     assert out.dtype == dtype
@@ -168,3 +169,34 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"x must have shape \(batch, length, 32\)"):
         small_stack("m1")(torch.randn(2, 3, 31))
+
+
+# dynamo looks at the inputs of the second block, which are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_compile_one_by_one() -> None:
+    """Whole graphs; other lengths need no other ones."""
+    stack, plain = small_stack("T2").double(), small_stack("T2").double()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for number, block in enumerate(stack.layers):
+        stack.layers[number] = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    graphs: set[int] = set()
+    for length in (5, 17):
+        x = torch.randn(2, length, D_MODEL, dtype=torch.float64)
+        out, want = stack(x), plain(x)
+        torch.testing.assert_close(out, want)
+        out.sum().backward()
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
+
+
+def test_norms_that_are_watched_or_replaced_are_called() -> None:
+    """Otherwise a norm is one operation with the addition before it, which calls no module."""
+    stack, x, calls = small_stack("T1m1"), torch.randn(2, 5, D_MODEL), []
+    want = stack(x)
+    for norm in (stack.layers[0].norm2, stack.rmsnorm):
+        norm.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].dtype))
+    torch.testing.assert_close(stack(x), want)
+    assert calls == [torch.float32] * 2
+    stack.layers[1].norm1 = nn.LayerNorm(D_MODEL)
+    assert stack(x).shape == x.shape
