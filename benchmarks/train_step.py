@@ -1,0 +1,224 @@
+"""Training steps on one GPU: speed, memory, where the time goes, and what theory says.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --only profile --details 3
+    python benchmarks/train_step.py --quick          # tiny models, on a CPU too
+
+Weights of bfloat16, packed sequences of random bytes, boundaries forced to every 5th position for
+one stage and to every 3rd for each of two, as the figures of the official code have them. A
+section that runs out of memory or fails says so, and the others go on. `--out DIR` keeps the
+figures of the sections `length` and `depth`, and draws them where matplotlib is installed.
+
+Sections: step (the published models), profile (kernels by component), isotropic (beside models
+without stages of as many FLOPs a byte), length, depth, small (a model of 9 million parameters).
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_profile
+from train_cases import (
+    DEVICE,
+    Case,
+    Cost,
+    Trainer,
+    binary_tree,
+    free,
+    isotropic,
+    measure,
+    of_length,
+    published,
+    seconds_of_products,
+    table,
+)
+
+# Forward + backward of the official code on one H200: ms, peak GB.
+OFFICIAL = {"hnet_1stage_L": (238.6, 62.2), "hnet_2stage_L": (282.1, 57.2)}
+PRESETS = tuple(OFFICIAL)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
+    parser.add_argument("--quick", action="store_true", help="tiny models, few calls")
+    parser.add_argument("--models", default=",".join(PRESETS), help="presets, with commas")
+    parser.add_argument("--details", type=int, default=0, help="kernels to list of each component")
+    parser.add_argument("--out", type=Path, help="folder for figures and pictures")
+    arguments = parser.parse_args()
+
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    print(f"{machine}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    failed = False
+    for name in arguments.only.split(","):
+        start = time.perf_counter()
+        print(f"\n## {name}\n", flush=True)
+        try:
+            SECTIONS[name](arguments)
+        except Exception:
+            failed = True
+            print("FAILED\n" + traceback.format_exc(limit=-4))
+        free()
+        print(f"\n({name}: {time.perf_counter() - start:.0f} s)", flush=True)
+    sys.exit(failed)
+
+
+def show(cost: Cost, case: Case) -> list[str]:
+    """Milliseconds, bytes a second, gigabytes."""
+    if math.isinf(cost.ms):
+        return ["out of memory", "", ""]
+    return [f"{cost.ms:.1f}", f"{case.total / cost.ms * 1e3:,.0f}", f"{cost.gigabytes:.1f}"]
+
+
+def cost_of_training(case: Case, **options: Any) -> Cost:
+    """Of forward and backward of a new model."""
+    try:
+        trainer = Trainer(case, DTYPE, **options)
+    except torch.OutOfMemoryError:
+        return Cost(math.inf)
+    return measure(trainer.forward_backward)
+
+
+# ---- sections
+
+
+def step(arguments: argparse.Namespace) -> None:
+    rows = []
+    for name in arguments.models.split(","):
+        case = published(name, arguments.quick)
+        trainer = Trainer(case, DTYPE)
+        forward = measure(trainer.forward)
+        both = measure(trainer.forward_backward)
+        trained = measure(trainer.step)
+        floor, (ms, peak) = 1e3 * seconds_of_products(case), OFFICIAL.get(name, (math.nan,) * 2)
+        rows.append(
+            [
+                name,
+                f"{forward.ms:.1f}",
+                *show(both, case),
+                *show(trained, case),
+                f"{both.host_ms:.0f}",
+                f"{floor:.0f}",
+                f"{ms} ({ms / both.ms:.2f})",
+                f"{peak}",
+            ]
+        )
+        del trainer
+        free()
+    header = ["model", "forward, ms", "+ backward, ms", "bytes/s", "peak GB"]
+    header += ["+ optimizer, ms", "bytes/s", "peak GB", "host, ms", "products, ms"]
+    print(table([*header, "official, ms (times ours)", "official GB"], rows))
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    for name in arguments.models.split(","):
+        print(train_profile.report(published(name, arguments.quick), arguments.details), "\n")
+        free()
+
+
+def isotropics(arguments: argparse.Namespace) -> None:
+    ours = published("hnet_1stage_L", arguments.quick)
+    width = 64 if arguments.quick else 1024
+    cases = [ours, isotropic("T", ours, width), isotropic("m", ours, width)]
+    rows, first = [], math.nan
+    for case in cases:
+        cost = cost_of_training(case)
+        first = cost.ms if case is ours else first
+        gflops = case.flops / case.total / 3e9
+        rows.append([case.name, f"{gflops:.3f}", *show(cost, case), f"{first / cost.ms:.2f}"])
+    header = ["model", "GFLOP a byte", "forward + backward, ms", "bytes/s", "peak GB"]
+    print(table([*header, "H-Net's time over it"], rows))
+
+
+def length(arguments: argparse.Namespace) -> None:
+    ours = published("hnet_1stage_L", arguments.quick)
+    width, total = (64, 128) if arguments.quick else (1024, 65536)
+    transformer = isotropic("T", of_length(ours, 8192, total), width, window=-1)
+    lengths = (32, 64) if arguments.quick else [1024 << power for power in range(8)]
+    rows = []
+    for count in lengths:
+        for model in (ours, transformer):
+            case = of_length(model, count, total)
+            rows.append(figures(case, count))
+    print(table(list(rows[0]), [list(row.values()) for row in map(as_text, rows)]))
+    keep(arguments.out, "length", rows)
+
+
+def depth(arguments: argparse.Namespace) -> None:
+    cases = [binary_tree(stages, arguments.quick) for stages in range(1, 5)]
+    rows = [figures(case, len(case.every)) for case in cases]
+    print(table(list(rows[0]), [list(row.values()) for row in map(as_text, rows)]))
+    keep(arguments.out, "depth", rows)
+
+
+def figures(case: Case, key: int) -> dict[str, Any]:
+    """A row of the sections whose figures are kept."""
+    cost = cost_of_training(case)
+    return {
+        "model": case.name,
+        "of": key,
+        "bytes": case.total,
+        "us a byte": 1e3 * cost.ms / case.total,
+        "of products": 1e6 * seconds_of_products(case) / case.total,
+        "bytes/s": case.total / cost.ms * 1e3,
+        "peak GB": cost.gigabytes,
+    }
+
+
+def as_text(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        key: str(value)
+        if not isinstance(value, float)
+        else f"{value:,.0f}"
+        if value >= 1000
+        else f"{value:.3g}"
+        for key, value in row.items()
+    }
+
+
+def keep(folder: Path | None, name: str, rows: list[dict[str, Any]]) -> None:
+    """Write the figures, and a picture of them if matplotlib is there."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"train_{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    try:
+        from train_pictures import draw
+    except ImportError as error:
+        print(f"no picture ({error}): pip install matplotlib")
+        return
+    draw(folder / f"train_{name}.json")
+
+
+def small(arguments: argparse.Namespace) -> None:
+    from h_net_dynamic_chunking import HNetConfig
+
+    rows = []
+    for batch, count in ((2, 32),) if arguments.quick else ((16, 1024), (64, 1024), (8, 8192)):
+        config = HNetConfig.preset("hnet_1stage_S")
+        case = Case(f"hnet_1stage_S, {batch} x {count}", config, (count,) * batch, (5,))
+        trainer = Trainer(case, DTYPE)
+        cost = measure(trainer.step)
+        rows.append([f"{case.name}, eager", *show(cost, case), f"{cost.host_ms:.1f}"])
+    print(table(["model", "step, ms", "bytes/s", "peak GB", "host, ms"], rows))
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "step": step,
+    "profile": profile,
+    "isotropic": isotropics,
+    "length": length,
+    "depth": depth,
+    "small": small,
+}
+
+if __name__ == "__main__":
+    main()
