@@ -29,6 +29,8 @@ class Case:
     lengths: tuple[int, ...]
     every: tuple[int, ...] = ()
     """Positions in a chunk, for each stage."""
+    padded: bool = False
+    """Whether the sequences, all of one length then, come as (batch, length), not packed."""
 
     @property
     def total(self) -> int:
@@ -52,15 +54,16 @@ class Case:
         return levels
 
     def boundary_masks(self) -> list[Tensor]:
-        """For each stage bool (positions,), over packed sequences."""
+        """For each stage bool, over its positions: (total,), or (batch, length) if padded."""
+        join = torch.stack if self.padded else torch.cat
         return [
-            torch.cat([torch.arange(n) % every == 0 for n in lengths]).to(DEVICE)
+            join([torch.arange(n) % every == 0 for n in lengths]).to(DEVICE)
             for every, lengths in zip(self.every, self.lengths_by_level(), strict=False)
         ]
 
 
 class Trainer:
-    """A model of random weights, one packed batch of random bytes, and an optimizer."""
+    """A model of random weights, one batch of random bytes, and an optimizer."""
 
     def __init__(self, case: Case, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
         torch.manual_seed(0)
@@ -68,9 +71,12 @@ class Trainer:
             self.model = HNetLM(case.config, **options).to(dtype)
         self.case = case
         self.ids = torch.randint(256, (case.total,), device=DEVICE)
+        self.kwargs: dict[str, Any] = {"boundary_masks": case.boundary_masks()}
+        if case.padded:
+            self.ids = self.ids.view(len(case.lengths), -1)
+        else:
+            self.kwargs["cu_seqlens"] = torch.tensor([0, *case.lengths]).cumsum(0).to(DEVICE)
         self.labels = self.ids.roll(-1)
-        edges = torch.tensor([0, *case.lengths]).cumsum(0)
-        self.kwargs = {"cu_seqlens": edges.to(DEVICE), "boundary_masks": case.boundary_masks()}
         self.optimizer = torch.optim.AdamW(
             self.model.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.95), fused=True
         )

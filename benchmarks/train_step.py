@@ -4,10 +4,11 @@
     python benchmarks/train_step.py --only profile --details 3
     python benchmarks/train_step.py --quick          # tiny models, on a CPU too
 
-Weights of bfloat16, packed sequences of random bytes, boundaries forced to every 5th position for
-one stage and to every 3rd for each of two, as the figures of the official code have them. A
-section that runs out of memory or fails says so, and the others go on. `--out DIR` keeps the
-figures of the sections `length` and `depth`, and draws them where matplotlib is installed.
+Weights of bfloat16, packed sequences of random bytes (in `step` a padded batch, too), boundaries
+forced to every 5th position for one stage and to every 3rd for each of two, as the figures of the
+official code have them. A section that runs out of memory or fails says so, and the others go on.
+`--out DIR` keeps the figures of the sections `length` and `depth`, and draws them where matplotlib
+is installed.
 
 Sections: step (the published models), profile (kernels by component), isotropic (beside models
 without stages of as many FLOPs a byte), length, depth, small (a model of 9 million parameters).
@@ -20,6 +21,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +95,8 @@ def cost_of_training(case: Case, **options: Any) -> Cost:
 
 def step(arguments: argparse.Namespace) -> None:
     rows = []
-    for name in arguments.models.split(","):
-        case = published(name, arguments.quick)
+    for name, padded in product(arguments.models.split(","), (False, True)):
+        case = replace(published(name, arguments.quick), padded=padded)
         trainer = Trainer(case, DTYPE)
         forward = measure(trainer.forward)
         both = measure(trainer.forward_backward)
@@ -101,7 +104,7 @@ def step(arguments: argparse.Namespace) -> None:
         floor, (ms, peak) = 1e3 * seconds_of_products(case), OFFICIAL.get(name, (math.nan,) * 2)
         rows.append(
             [
-                name,
+                f"{name}, {'padded' if padded else 'packed'}",
                 f"{forward.ms:.1f}",
                 *show(both, case),
                 *show(trained, case),
