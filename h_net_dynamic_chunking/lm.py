@@ -6,6 +6,7 @@
 shared pad vector and slice of section 2.1.2.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class HNetLM(LMInference):
         config: its sizes.
         ratio_loss_weight: in place of the configuration's, if given.
         smoothing_clamp: in place of the configuration's, if given; 0 clamps nothing.
+        activation_checkpointing: of every stack of layers; see `Isotropic`.
 
     `config` keeps what was given, and `save_pretrained` with it.
 
@@ -62,6 +64,7 @@ class HNetLM(LMInference):
         *,
         ratio_loss_weight: float | None = None,
         smoothing_clamp: float | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         if not isinstance(config, HNetConfig):
             raise ValueError(f"config must be an HNetConfig, got {type(config).__name__}")
@@ -76,6 +79,8 @@ class HNetLM(LMInference):
         self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embeddings.weight
+        for stack in itertools.chain(*self.stacks):
+            stack.activation_checkpointing = activation_checkpointing
         self.init_weights()
 
     @property

@@ -30,6 +30,7 @@ from h_net_dynamic_chunking.layers.fused_step import can_fuse, fused_step
 from h_net_dynamic_chunking.layers.mamba2 import Mamba2
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm, add_then_norm
+from h_net_dynamic_chunking.layers.recomputation import recomputed
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 MixerFactory = Callable[[int], nn.Module]
@@ -57,6 +58,9 @@ class Isotropic(nn.Module):
         mixers: constructors by lower-case letter, each taking d_model and giving a module that maps
             (batch, length, d_model) to the same shape. Replaces m or t, or adds a letter. One whose
             forward names `cu_seqlens` also maps packed input; `step_module` says which decode.
+        activation_checkpointing: each layer keeps its input alone, and the backward pass runs the
+            layer again for what it needs: less memory for a third more products, same numbers.
+            The attribute of this name may be set at any time.
 
     Raises:
         ValueError: a layout that cannot be read or names an unknown letter, options for a mixer
@@ -78,12 +82,14 @@ class Isotropic(nn.Module):
         attention: Mapping[str, Any] | None = None,
         d_intermediate: int | None = None,
         mixers: Mapping[str, MixerFactory] | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         check_sizes(d_model=d_model)
         factories = _mixer_factories(ssm, attention, mixers or {})
         letters = _expand_layout(layout, factories)
         super().__init__()
         self.layout, self.d_model = layout, d_model
+        self.activation_checkpointing = activation_checkpointing
         self.layers = nn.ModuleList(
             Block(
                 factories[letter.lower()](d_model),
@@ -104,7 +110,9 @@ class Isotropic(nn.Module):
                 max_seqlen = longest(cu_seqlens)
         h, update = x, None
         for layer in self.layers:
-            h, update = layer(h, update, cu_seqlens, max_seqlen)
+            stream = (h, update, cu_seqlens, max_seqlen)
+            keeps_all = not self.activation_checkpointing
+            h, update = layer(*stream) if keeps_all else recomputed(layer, *stream)
         return add_then_norm(self.rmsnorm, h, update, cu_seqlens)[1]
 
     def allocate_inference_cache(

@@ -10,6 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.h_net import HNet
 from h_net_dynamic_chunking.layers import Mamba2
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend
 from tests.support import assert_close, cumulative, generator
 
 LENS = [1, 40, 2, 0, 70]
@@ -317,3 +318,43 @@ def test_wrapped_parts_change_nothing(wrapper: str, place: str) -> None:
     sizes = [[len(g["params"]) for g in m.parameter_groups(0.1)] for m in (model, plain)]
     assert sizes[0] == sizes[1]
     assert [len(stacks) for stacks in model.stacks] == [2, 2, 1]
+
+
+def test_activation_checkpointing_changes_no_number() -> None:
+    """Bitwise; and nothing but the inputs of the layers is kept."""
+    model, ids, labels = make("m1", "T2", "t1m1"), random_ids(2, 40), random_ids(2, 40)
+    outcomes, kept = [], []
+    for checkpointing in (False, True):
+        for stacks in model.stacks:
+            for stack in stacks:
+                stack.activation_checkpointing = checkpointing
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, labels).loss
+        assert loss is not None
+        outcomes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        kept.append(sum(sizes))
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_activation_checkpointing_keeps_the_backend() -> None:
+    """The recomputation follows the choice of the forward pass, outside of whose block it runs."""
+    config = HNetConfig.create_reasonable_config(D=[32], arch=["T1"])
+    model = HNetLM(config, activation_checkpointing=True)
+    assert all(stack.activation_checkpointing for stacks in model.stacks for stack in stacks)
+    seen: list[str] = []
+    block = model.stacks[0][0].layers[0]
+    block.register_forward_pre_hook(lambda *_: seen.append(chosen_backend()))
+    ids = random_ids(1, 9)
+    with use_backend("torch"):
+        loss = model(ids, ids).loss
+    assert loss is not None
+    loss.backward()
+    assert seen == ["torch", "torch"]
