@@ -99,6 +99,16 @@ class HNetLM(LMInference):
             level = unwrapped(level.network)
         return stages, level
 
+    def compile_layers(self, **options: Any) -> None:
+        """torch.compile each layer by itself, with `options`; names of parameters stay.
+
+        Layers of one kind and width share what is compiled, which serves sequences of any length.
+        Between them all runs as it is, the one host read of a stage among it.
+        """
+        for stack in itertools.chain(*self.stacks):
+            for layer in stack.layers:
+                layer.compile(**{"dynamic": True, **options})
+
     @torch.no_grad()
     def init_weights(self, std: float = INIT_STD) -> None:
         """Initialise as the official code does; chunkers keep the start that they chose.

@@ -358,3 +358,25 @@ def test_activation_checkpointing_keeps_the_backend() -> None:
     assert loss is not None
     loss.backward()
     assert seen == ["torch", "torch"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo asks each tensor
+def test_compiled_layers_serve_all_lengths() -> None:
+    """What is compiled at the first length is shared by the layers, and by the other lengths."""
+    model, plain = make("T2"), make("T2")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model.compile_layers(backend=counter)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    counts = []
+    for length in (20, 33, 64):
+        ids = random_ids(2, length)
+        losses = [m(ids, ids).loss for m in (model, plain)]
+        gradients = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(m.parameters()))])
+            for m, loss in zip((model, plain), losses, strict=True)
+        ]
+        assert_close("loss", *losses)
+        assert_close("gradients", *gradients)
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] == counts[1] == counts[2] <= 2
