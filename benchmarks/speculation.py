@@ -30,7 +30,7 @@ from h_net_dynamic_chunking import HNetConfig, HNetLM, __version__, generate
 from h_net_dynamic_chunking.speculation import SpeculationStatistics, generate_speculative
 from h_net_dynamic_chunking.training.batches import training_batch
 from h_net_dynamic_chunking.training.corpus import STANDARD_LIBRARY, open_corpus
-from h_net_dynamic_chunking.training.optimizer import BETAS, clip_gradients, set_learning_rate
+from h_net_dynamic_chunking.training.optimizer import adamw, clip_gradients, set_learning_rate
 from h_net_dynamic_chunking.training.schedule import Limit, Stopwatch, warmup_stable_decay
 
 Text = TypeVar("Text", bound=bytes)
@@ -50,8 +50,7 @@ def small_model() -> HNetLM:
 
 def train(model: HNetLM, content: Tensor, minutes: float) -> int:
     """Train on uint8 (length,) for so long; returns the steps taken."""
-    groups = model.parameter_groups(WEIGHT_DECAY)
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    optimizer = adamw(model.parameter_groups(WEIGHT_DECAY), LEARNING_RATE)
     limit, watch, step = Limit(minutes=minutes), Stopwatch(), 0
     while (progress := limit.progress(step, watch.seconds)) < 1:
         set_learning_rate(optimizer, LEARNING_RATE * warmup_stable_decay(progress))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.flops import flops_per_byte
+from h_net_dynamic_chunking.training.optimizer import adamw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRODUCTS = 790e12  # FLOPs a second of dense bfloat16 products on an H200
@@ -77,9 +78,7 @@ class Trainer:
         else:
             self.kwargs["cu_seqlens"] = torch.tensor([0, *case.lengths]).cumsum(0).to(DEVICE)
         self.labels = self.ids.roll(-1)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.95), fused=True
-        )
+        self.optimizer = adamw(self.model.parameter_groups(0.1), 1e-4)
 
     def forward(self) -> Tensor:
         return self.model(self.ids, self.labels, **self.kwargs).loss

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
 from h_net_dynamic_chunking.config import SSMConfig
+from h_net_dynamic_chunking.training.optimizer import adamw
 
 DOCUMENTS = 8  # in a step
 LEARNING_RATE = 5e-4  # of the main network; the outer stage has its multiple of it
@@ -57,10 +58,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def train(model: HNetLM, steps: int) -> Iterator[tuple[int, str]]:
     """Train, and yield the number of a step and what there is to say about it."""
-    groups = model.parameter_groups(weight_decay=0.1)
-    for group in groups:
-        group["lr"] = LEARNING_RATE * group["lr_multiplier"]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = adamw(model.parameter_groups(weight_decay=0.1), LEARNING_RATE)
     for step in range(steps):
         ids, labels, cu_seqlens = batch()
         out = model(ids, labels, cu_seqlens=cu_seqlens)

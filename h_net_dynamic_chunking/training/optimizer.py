@@ -1,9 +1,10 @@
 """AdamW with a learning rate per stage, and no decay where decay makes no sense."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from h_net_dynamic_chunking import scaling
 from h_net_dynamic_chunking.scaling import lr_multipliers
@@ -27,14 +28,27 @@ def parameter_groups(model: ByteHNet, config: Config) -> list[dict[str, Any]]:
 
 def build_optimizer(model: ByteHNet, config: Config) -> torch.optim.AdamW:
     """Return AdamW over the parameter groups of a model."""
-    groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=True)
+    return adamw(parameter_groups(model, config), config.learning_rate)
+
+
+def adamw(groups: Iterable[dict[str, Any]], learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over the groups of `HNetLM.parameter_groups`, each with its multiple of the rate.
+
+    Fused: a group is a few launches, which read and write each number once.
+    """
+    optimizer = torch.optim.AdamW(list(groups), lr=learning_rate, betas=BETAS, fused=True)
+    set_learning_rate(optimizer, learning_rate)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give each group its multiple of `learning_rate`."""
+    """Give each group its multiple of `learning_rate`; in place where its rate is a tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_multiplier"]
+        rate = learning_rate * group["lr_multiplier"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def clip_gradients(model: nn.Module) -> None:
