@@ -44,6 +44,9 @@ class HNetLM(LMInference):
         config: its sizes.
         ratio_loss_weight: in place of the configuration's, if given.
         smoothing_clamp: in place of the configuration's, if given; 0 clamps nothing.
+        max_chunks: how many chunks a sequence may have at each stage, outermost first, as in
+            `DynamicSequenceChunker`; then no shape depends on what the routers choose. None or
+            empty: no limits.
         activation_checkpointing: of every stack of layers; see `Isotropic`.
 
     `config` keeps what was given, and `save_pretrained` with it.
@@ -64,6 +67,7 @@ class HNetLM(LMInference):
         *,
         ratio_loss_weight: float | None = None,
         smoothing_clamp: float | None = None,
+        max_chunks: Sequence[int] | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         if not isinstance(config, HNetConfig):
@@ -79,6 +83,7 @@ class HNetLM(LMInference):
         self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embeddings.weight
+        self._limit_chunks(max_chunks or ())
         for stack in itertools.chain(*self.stacks):
             stack.activation_checkpointing = activation_checkpointing
         self.init_weights()
@@ -98,6 +103,18 @@ class HNetLM(LMInference):
             stages.append(level)
             level = unwrapped(level.network)
         return stages, level
+
+    def _limit_chunks(self, max_chunks: Sequence[int]) -> None:
+        stages, _ = self._levels()
+        if max_chunks and (
+            len(max_chunks) != len(stages) or any(type(n) is not int or n < 1 for n in max_chunks)
+        ):
+            raise ValueError(
+                f"max_chunks must have one integer of at least 1 for each of {len(stages)} "
+                f"stages, got {max_chunks}"
+            )
+        for stage, limit in zip(stages, max_chunks, strict=False):
+            stage.chunker.max_chunks = limit
 
     def compile_layers(self, **options: Any) -> None:
         """torch.compile each layer by itself, with `options`; names of parameters stay.

@@ -1,0 +1,100 @@
+"""GraphedStep: the numbers of a plain loop, wherever it runs, and rates that change on the way."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking import HNetConfig, HNetLM
+from h_net_dynamic_chunking.training.graphs import GraphedStep
+from h_net_dynamic_chunking.training.optimizer import adamw, set_learning_rate
+
+RATES = [1e-3, 2e-3, 3e-3, 2e-3, 5e-4, 1e-4]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def small_model(device: str) -> HNetLM:
+    torch.manual_seed(0)
+    config = HNetConfig.create_reasonable_config(D=[32, 64], arch=["m1", "T1"])
+    return HNetLM(config, max_chunks=[12]).to(device)
+
+
+def batches(device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(256, (3, 41), generator=generator).to(device) for _ in RATES]
+
+
+def losses_of(model: HNetLM, ids: Tensor) -> Sequence[Tensor]:
+    out = model(ids[:, :-1], ids[:, 1:])
+    assert out.loss is not None
+    return [out.loss, out.stages[0].boundary_mask.sum()]
+
+
+def plain(device: str) -> tuple[HNetLM, list[float]]:
+    model = small_model(device)
+    optimizer, losses = adamw(model.parameter_groups(0.1), 1.0), []
+    for rate, ids in zip(RATES, batches(device), strict=True):
+        set_learning_rate(optimizer, rate)
+        optimizer.zero_grad()
+        loss = losses_of(model, ids)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_as_a_plain_loop(device: str) -> None:
+    want_model, want = plain(device)
+    model = small_model(device)
+    optimizer = adamw(model.parameter_groups(0.1), 1.0)
+    step = GraphedStep(lambda ids: losses_of(model, ids), optimizer)
+    results = []
+    for rate, ids in zip(RATES, batches(device), strict=True):
+        set_learning_rate(optimizer, rate)
+        results.append(step(ids))
+    # Rates are rounded to float32 where they are tensors.
+    tolerance = 0.0 if device == "cpu" else 1e-4
+    assert [loss.item() for loss, _ in results] == pytest.approx(want, rel=tolerance, abs=0)
+    assert not any(tensor.requires_grad for result in results for tensor in result)
+    for got, expected in zip(model.parameters(), want_model.parameters(), strict=True):
+        assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rates_may_be_tensors() -> None:
+    """In place, for the graph that holds them; and the optimizer takes them."""
+    model, plainly = small_model("cpu"), small_model("cpu")
+    optimizers = [adamw(m.parameter_groups(0.1), 1.0) for m in (model, plainly)]
+    for group in optimizers[0].param_groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    held = [group["lr"] for group in optimizers[0].param_groups]
+    for optimizer, m in zip(optimizers, (model, plainly), strict=True):
+        set_learning_rate(optimizer, 1e-3)
+        losses_of(m, batches("cpu")[0])[0].backward()
+        optimizer.step()
+    assert all(
+        group["lr"] is tensor
+        for group, tensor in zip(optimizers[0].param_groups, held, strict=True)
+    )
+    for got, want in zip(model.parameters(), plainly.parameters(), strict=True):
+        assert torch.allclose(got, want, rtol=1e-6)
+
+
+def test_shapes_do_not_depend_on_the_routers() -> None:
+    """What a graph needs; the chunks of one that would want more join the last."""
+    model = small_model("cpu")
+    for mask in (torch.ones(2, 40, dtype=torch.bool), torch.zeros(2, 40, dtype=torch.bool)):
+        out = model(batches("cpu")[0][:2, :40], boundary_masks=[mask])
+        assert out.stages[0].intermediates.chunk_layout.shape == (2, 12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_other_shapes_are_refused() -> None:
+    model = small_model("cuda")
+    step = GraphedStep(lambda ids: losses_of(model, ids), adamw(model.parameter_groups(0.1), 1e-3))
+    for ids in batches("cuda"):
+        step(ids)
+    with pytest.raises(ValueError, match="inputs must be"):
+        step(batches("cuda")[0][:2])
