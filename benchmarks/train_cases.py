@@ -80,8 +80,11 @@ class Trainer:
         self.labels = self.ids.roll(-1)
         self.optimizer = adamw(self.model.parameter_groups(0.1), 1e-4)
 
+    def losses_of(self, ids: Tensor, labels: Tensor) -> list[Tensor]:
+        return [self.model(ids, labels, **self.kwargs).loss]
+
     def forward(self) -> Tensor:
-        return self.model(self.ids, self.labels, **self.kwargs).loss
+        return self.losses_of(self.ids, self.labels)[0]
 
     def forward_backward(self) -> None:
         self.model.zero_grad(set_to_none=True)

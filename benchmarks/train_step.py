@@ -11,7 +11,8 @@ official code have them. A section that runs out of memory or fails says so, and
 is installed.
 
 Sections: step (the published models), profile (kernels by component), isotropic (beside models
-without stages of as many FLOPs a byte), length, depth, small (a model of 9 million parameters).
+without stages of as many FLOPs a byte), length, depth, small (9 million parameters, operation by
+operation and as one CUDA graph), checkpointing (of activations), optimizer, compiled (layers).
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 import train_profile
 from train_cases import (
+    COPY,
     DEVICE,
     Case,
     Cost,
@@ -42,6 +45,9 @@ from train_cases import (
     seconds_of_products,
     table,
 )
+
+from h_net_dynamic_chunking import HNetConfig, HNetLM
+from h_net_dynamic_chunking.training.graphs import GraphedStep
 
 # Forward + backward of the official code on one H200: ms, peak GB.
 OFFICIAL = {"hnet_1stage_L": (238.6, 62.2), "hnet_2stage_L": (282.1, 57.2)}
@@ -202,16 +208,66 @@ def keep(folder: Path | None, name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def small(arguments: argparse.Namespace) -> None:
-    from h_net_dynamic_chunking import HNetConfig
-
-    rows = []
+    config, rows = HNetConfig.preset("hnet_1stage_S"), []
     for batch, count in ((2, 32),) if arguments.quick else ((16, 1024), (64, 1024), (8, 8192)):
-        config = HNetConfig.preset("hnet_1stage_S")
-        case = Case(f"hnet_1stage_S, {batch} x {count}", config, (count,) * batch, (5,))
-        trainer = Trainer(case, DTYPE)
-        cost = measure(trainer.step)
-        rows.append([f"{case.name}, eager", *show(cost, case), f"{cost.host_ms:.1f}"])
-    print(table(["model", "step, ms", "bytes/s", "peak GB", "host, ms"], rows))
+        case = Case(f"{batch} x {count}", config, (count,) * batch, (5,), padded=True)
+        for graphed in (False, True):
+            trainer = Trainer(case, DTYPE, max_chunks=[count // 4])
+            step = GraphedStep(trainer.losses_of, trainer.optimizer, graphed=graphed)
+            cost = measure(partial(step, trainer.ids, trainer.labels), warm_up=5)
+            name = f"{case.name}, {'one graph' if graphed else 'eager'}"
+            rows.append([name, *show(cost, case), f"{cost.host_ms:.1f}"])
+            del trainer, step
+            free()
+    print(f"{HNetLM(config).num_parameters() / 1e6:.1f} million parameters\n")
+    print(table(["batch", "step, ms", "bytes/s", "peak GB", "host, ms"], rows))
+
+
+def checkpointing(arguments: argparse.Namespace) -> None:
+    """What activation checkpointing costs and saves."""
+    case = published(arguments.models.split(",")[0], arguments.quick)
+    rows = [
+        [str(chosen), *show(cost_of_training(case, activation_checkpointing=chosen), case)]
+        for chosen in (False, True)
+    ]
+    header = [f"{case.name}, activation checkpointing", "forward + backward, ms", "bytes/s"]
+    print(table([*header, "peak GB"], rows))
+
+
+def optimizer(arguments: argparse.Namespace) -> None:
+    """Clipping reads gradients twice and writes them; AdamW reads four numbers, writes three."""
+    trainer = Trainer(published(arguments.models.split(",")[0], arguments.quick), DTYPE)
+    trainer.forward_backward()
+    parameters, rows = list(trainer.model.parameters()), []
+    moved = sum(p.numel() * p.element_size() for p in parameters)
+    clip = partial(torch.nn.utils.clip_grad_norm_, parameters, 1.0)
+    for name, call, passes in (("clipping", clip, 3), ("AdamW", trainer.optimizer.step, 7)):
+        cost = measure(call)
+        floor = 1e3 * passes * moved / COPY
+        rows.append([name, f"{cost.ms:.2f}", f"{floor:.2f}", f"{cost.host_ms:.2f}"])
+    print(table([f"{trainer.case.name}", "ms", "floor, ms", "host, ms"], rows))
+
+
+def compiled(arguments: argparse.Namespace) -> None:
+    """Layers compiled one by one, at two lengths, of which the second must not compile again."""
+    case, rows = published(arguments.models.split(",")[0], arguments.quick), []
+    length, batch = case.lengths[0], len(case.lengths)
+    for layers in (False, True):
+        for count in (length, length * 3 // 4):
+            now = of_length(case, count, count * batch)
+            trainer = Trainer(now, DTYPE)
+            if layers:
+                trainer.model.compile_layers()
+            start = time.perf_counter()
+            trainer.forward_backward()
+            first = time.perf_counter() - start
+            cost = measure(trainer.forward_backward)
+            name = f"{batch} x {count}, {'compiled' if layers else 'eager'}"
+            rows.append([name, *show(cost, now), f"{first:.1f}"])
+            del trainer
+            free()
+    header = [case.name, "forward + backward, ms", "bytes/s", "peak GB", "first call, s"]
+    print(table(header, rows))
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -221,6 +277,9 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "length": length,
     "depth": depth,
     "small": small,
+    "checkpointing": checkpointing,
+    "optimizer": optimizer,
+    "compiled": compiled,
 }
 
 if __name__ == "__main__":

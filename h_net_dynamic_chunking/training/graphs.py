@@ -29,6 +29,7 @@ class GraphedStep:
             caller wants back. On a GPU it must not read a tensor on the host.
         optimizer: one that can be recorded, such as `adamw` makes. Its parameters are clipped.
         max_norm: of all gradients together, which are scaled down to it.
+        graphed: False keeps to single operations on a GPU, too.
 
     >>> from h_net_dynamic_chunking import HNetConfig, HNetLM
     >>> from h_net_dynamic_chunking.training.optimizer import adamw
@@ -43,8 +44,11 @@ class GraphedStep:
         losses_of: Callable[..., Sequence[Tensor]],
         optimizer: torch.optim.Optimizer,
         max_norm: float = GRADIENT_NORM,
+        *,
+        graphed: bool = True,
     ) -> None:
         self._losses_of, self._optimizer, self._max_norm = losses_of, optimizer, max_norm
+        self._graphed = graphed
         self._eager_steps = 0
         self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -60,7 +64,7 @@ class GraphedStep:
         Raises:
             ValueError: inputs of other shapes or dtypes than those that were recorded.
         """
-        if not inputs[0].is_cuda:
+        if not self._graphed or not inputs[0].is_cuda:
             return self._take(inputs)
         with torch.cuda.device(inputs[0].device):
             if self._graph is None:
