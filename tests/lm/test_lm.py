@@ -363,7 +363,7 @@ def test_activation_checkpointing_keeps_the_backend() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo asks each tensor
 def test_compiled_layers_serve_all_lengths() -> None:
     """What is compiled at the first length is shared by the layers, and by the other lengths."""
-    model, plain = make("T2"), make("T2")
+    model, plain = make("T5"), make("T5")
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model.compile_layers(backend=counter)
@@ -379,7 +379,8 @@ def test_compiled_layers_serve_all_lengths() -> None:
         assert_close("loss", *losses)
         assert_close("gradients", *gradients)
         counts.append(counter.frame_count)
-    assert 0 < counts[0] == counts[1] == counts[2] <= 2
+    # Once for the first layer and once for the others, and torch may begin anew to trace floats.
+    assert 0 < counts[0] == counts[1] == counts[2] <= 4
 
 
 @pytest.mark.parametrize("max_chunks", [[3], [3, 4, 5], [3, 0], [3, 4.0]])
