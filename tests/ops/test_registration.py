@@ -1,10 +1,13 @@
 """What registration promises of every operation, beside what opcheck looks at."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from h_net_dynamic_chunking.ops import (
     boundary_probability_of_pairs,
@@ -55,6 +58,43 @@ def test_a_second_derivative_is_refused_and_never_zero(name: str, backend: str) 
             assert_close("first derivative", got, want.double())
         with pytest.raises(RuntimeError, match=f"h_net::{name}_backward has no derivative"):
             torch.autograd.grad(sum(g.square().sum() for g in first), (x, p))  # type: ignore[arg-type]
+
+
+class Seen(TorchDispatchMode):
+    """Which operations come by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        self.names.add(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_modes_see_operations_and_nothing_else_changes(name: str) -> None:
+    x, p = randn(7, 4, device=DEVICE), probabilities(7, device=DEVICE)
+
+    def run() -> list[Tensor]:
+        out = DIFFERENTIABLE[name](x, p)
+        return [out.detach(), *torch.autograd.grad(out.sum(), (x, p))]
+
+    with Seen() as seen:
+        watched = run()
+    assert f"h_net.{name}.default" in seen.names
+    assert f"h_net.{name}_backward.default" in seen.names
+    assert all(map(torch.equal, run(), watched))
+
+
+def test_subclasses_of_tensors_see_operations() -> None:
+    q = TwoTensor(*[randn(7, 4).detach().requires_grad_() for _ in range(2)])
+    p = boundary_probability_of_pairs(q, TwoTensor(CU_SEQLENS, CU_SEQLENS))
+    assert type(p) is TwoTensor
+    (grad,) = torch.autograd.grad(p.sum(), q)
+    assert type(grad) is TwoTensor
 
 
 def test_opcheck_of_what_has_no_tests_of_its_own() -> None:
