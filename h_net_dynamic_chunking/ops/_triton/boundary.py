@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import halvings, launch, power_of_2, sequence_of
+from h_net_dynamic_chunking.ops._triton.common import (
+    cdiv,
+    halvings,
+    launch,
+    power_of_2,
+    sequence_of,
+)
 
 
 @triton.jit
@@ -142,7 +148,7 @@ def boundary_fwd(queries_keys: Tensor, cu_seqlens: Tensor) -> Tensor:
     constants, warps = _blocks(width // 2)
     launch(
         boundary_fwd_kernel,
-        triton.cdiv(total, constants["BLOCK_T"]),
+        cdiv(total, constants["BLOCK_T"]),
         {
             "qk": queries_keys,
             "cu": cu_seqlens,
@@ -166,7 +172,7 @@ def boundary_bwd(grad_p: Tensor, queries_keys: Tensor, cu_seqlens: Tensor) -> Te
     constants, warps = _blocks(width // 2)
     launch(
         boundary_bwd_kernel,
-        triton.cdiv(total + 1, constants["BLOCK_T"]),
+        cdiv(total + 1, constants["BLOCK_T"]),
         {
             "grad_p": grad_p.contiguous(),
             "qk": queries_keys,

@@ -30,6 +30,11 @@ def halvings(batch: int) -> int:
     return batch.bit_length()
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of a size n needs; `triton.cdiv` takes the host 3 us."""
+    return -(-n // size)
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is not under n."""
     return 1 << (n - 1).bit_length()
@@ -56,26 +61,30 @@ def launch(
         num_warps: Warps of a program.
     """
     grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
-    values, key = arguments.values(), [kernel, num_warps, *constants.values()]
+    key, passed = [kernel, num_warps, *constants.values()], []
     # On AMD a kernel is compiled for tensors of under 2 GB as well, which the key does not hold.
     ordinary = torch.version.hip is None
-    for value in values:
+    for value in arguments.values():
         if isinstance(value, Tensor):
             key.append(value.dtype)
-            device = value.device
-            ordinary &= value.data_ptr() % 16 == 0
+            device, value = value.device, value.data_ptr()
+            ordinary &= value % 16 == 0
         elif type(value) is int:
             ordinary &= value < 1 << 31
+        # Triton would ask a tensor for its address once more, and the driver about that.
+        passed.append(value)
     key.append(device)
     compiled = _COMPILED.get(tuple(key)) if ordinary else None
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(device):
         if compiled is not None:
-            compiled[grid](*values, *constants.values())
+            compiled[grid](*passed, *constants.values())
             return
         assert [*arguments, *constants] == kernel.arg_names
         # Products and sums may fuse, which versions of Triton differ about by default.
-        compiled = kernel[grid](*values, **constants, num_warps=num_warps, enable_fp_fusion=True)
+        compiled = kernel[grid](
+            *arguments.values(), **constants, num_warps=num_warps, enable_fp_fusion=True
+        )
     # The interpreter compiles nothing.
     if ordinary and compiled is not None:
         _COMPILED[tuple(key)] = compiled

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch
 
 _BLOCK = 4096
 
@@ -53,7 +53,7 @@ def ratio_loss_fwd(
     boundary_mask: Tensor, probs: Tensor, cu_seqlens: Tensor, target_ratio: float
 ) -> tuple[Tensor, Tensor]:
     """The loss and its slope, float32 scalars."""
-    total, batch, blocks = len(probs), len(cu_seqlens) - 1, triton.cdiv(len(probs), _BLOCK)
+    total, batch, blocks = len(probs), len(cu_seqlens) - 1, cdiv(len(probs), _BLOCK)
     cu_seqlens = cu_seqlens.contiguous()
     boundaries = torch.empty(blocks, dtype=torch.float32, device=probs.device)
     probability, loss = torch.empty_like(boundaries), boundaries.new_empty(())
@@ -98,7 +98,7 @@ def ratio_loss_bwd(grad: Tensor, slope: Tensor, probs: Tensor, cu_seqlens: Tenso
     grad_p = torch.empty_like(probs, memory_format=torch.contiguous_format)
     launch(
         ratio_grad_kernel,
-        triton.cdiv(len(probs), _BLOCK),
+        cdiv(len(probs), _BLOCK),
         {
             "grad": grad,
             "slope": slope,

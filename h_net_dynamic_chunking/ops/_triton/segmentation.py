@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import halvings, launch, sequence_of
+from h_net_dynamic_chunking.ops._triton.common import cdiv, halvings, launch, sequence_of
 
 # 65536 positions make 32 blocks, and a program that adds up the counts of all blocks before it
 # reads 512 of them even where there are a million positions.
@@ -127,7 +127,7 @@ def segment(
     """The results of the operation `h_net::segment`."""
     boundary_mask, cu = boundary_mask.contiguous(), cu_seqlens.contiguous()
     total, batch = len(boundary_mask), len(cu) - 1
-    blocks, steps = triton.cdiv(total, _BLOCK), halvings(batch)
+    blocks, steps = cdiv(total, _BLOCK), halvings(batch)
     limited = max_chunks is not None
     wanted, starts = torch.empty_like(boundary_mask), torch.empty_like(boundary_mask)
     kept = torch.empty_like(boundary_mask) if limited else boundary_mask.new_empty(0)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import power_of_2
+from h_net_dynamic_chunking.ops._triton.common import cdiv, power_of_2
 
 
 class Walk(NamedTuple):
@@ -47,16 +47,16 @@ def divide(x: Tensor, total: int, block_d: int) -> Walk:
     """Blocks of positions and stretches of channels for chunks x (chunks, dim)."""
     dim = x.shape[1]
     block_d = min(power_of_2(dim), block_d)
-    wanted = max(_BLOCKS, _PROGRAMS // triton.cdiv(dim, block_d))
-    block = max(_SMALLEST_BLOCK, power_of_2(triton.cdiv(total, wanted)))
-    blocks = triton.cdiv(total, block)
+    wanted = max(_BLOCKS, _PROGRAMS // cdiv(dim, block_d))
+    block = max(_SMALLEST_BLOCK, power_of_2(cdiv(total, wanted)))
+    blocks = cdiv(total, block)
     states = x.new_empty(blocks, dim, dtype=torch.float32)
     # A 256th of what float32 rounds off, and a 500th of what float16 does.
     negligible = 2.0**-32 if x.dtype == torch.float32 else 2.0**-20
     return Walk(
         block,
         blocks,
-        blocks * triton.cdiv(dim, block_d),
+        blocks * cdiv(dim, block_d),
         states,
         states.new_empty(blocks),
         {"D": dim, "BLOCK_D": block_d, "NEGLIGIBLE": negligible},
