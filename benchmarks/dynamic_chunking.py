@@ -164,7 +164,7 @@ class Case:
         """Name -> bytes that must move, and the call."""
         s, element = self.segmentation, self.z.element_size()
         positions, chunks = self.tokens.numel() * element, self.z.numel() * element
-        dtype, total = self.z.dtype, len(self.probs)
+        dtype, total, none = self.z.dtype, len(self.probs), [None] * 3
         return {
             "boundary": (
                 2 * positions + 4 * total,
@@ -189,13 +189,13 @@ class Case:
             "dechunk": (
                 positions + chunks + 21 * total,
                 lambda: OPS.dechunk(
-                    self.z, self.probs, *self.indices, None, dtype, True, True, None, False, True
+                    self.z, self.probs, *self.indices, *none, dtype, True, True, None, False, True
                 ),
             ),
             "dechunk, to train": (
                 positions + 2 * chunks + 21 * total,
                 lambda: OPS.dechunk(
-                    self.z, self.probs, *self.indices, None, dtype, True, True, None, True, True
+                    self.z, self.probs, *self.indices, *none, dtype, True, True, None, True, True
                 ),
             ),
             "dechunk backward": (

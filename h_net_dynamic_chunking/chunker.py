@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from h_net_dynamic_chunking.intermediates import Intermediates
 from h_net_dynamic_chunking.layout import Layout, layout_of, layout_of_chunks, same_rows
@@ -22,7 +21,7 @@ from h_net_dynamic_chunking.ops import (
     dechunk,
 )
 from h_net_dynamic_chunking.ops.compaction import PendingSegmentation
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.wide_linear import wide_linear
 from h_net_dynamic_chunking.outputs import Outputs, hidden_states
 from h_net_dynamic_chunking.pooling import Pool, pool_groups
 
@@ -244,10 +243,11 @@ class DynamicSequenceChunker(nn.Module):
         """`forward` for tokens whose layout is known already, as it is inside an HNet."""
         packed, probs, pending = self._route(tokens, layout, boundary_mask)
         # Queued while the number of chunks is on its way to the host.
+        ahead = self._select_ahead(packed, pending)
         loss = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
         weighted_loss = self.ratio_loss_weight * loss
         segmentation = pending.finish()
-        chunks = self._downsample(packed, probs, segmentation, layout.cu_seqlens)
+        chunks = self._downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
         chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
         given = boundary_mask is not None
         record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, loss, given)
@@ -297,11 +297,25 @@ class DynamicSequenceChunker(nn.Module):
                 f"got {flat.dtype} of shape {tuple(flat.shape)}"
             )
 
+    def _select_ahead(self, packed: Tensor, pending: PendingSegmentation) -> Tensor | None:
+        """The chunk vectors before their number is known, if they are not twice as many as aimed.
+
+        That is room for 2 / `target_avg_token_length` of the tokens, which stays allocated.
+        """
+        if self.pool != "select":
+            return None
+        return pending.select_ahead(packed, int(2 * len(packed) / self.target_avg_token_length) + 1)
+
     def _downsample(
-        self, packed: Tensor, probs: Tensor, segmentation: Segmentation, cu_seqlens: Tensor
+        self,
+        packed: Tensor,
+        probs: Tensor,
+        segmentation: Segmentation,
+        cu_seqlens: Tensor,
+        ahead: Tensor | None,
     ) -> Tensor:
         if self.pool == "select":
-            chunks = segmentation.select(packed)
+            chunks = segmentation.select(packed, ahead)
         else:
             chunks = pool_groups(packed, segmentation, cu_seqlens, self.pool)
         if self.multiply_by_prob:
@@ -330,19 +344,21 @@ class DynamicSequenceChunker(nn.Module):
         """Smoothing, expansion and residual, eq. (3) and (5) to (9)."""
         tokens, segmentation, probs = record.tokens, record.segmentation, record.packed_probs
         z = _checked_chunks(hidden_states(inner), record.chunk_layout)
-        residual = None
+        residual = projection = None
         if self.residual_proj is not None:
             if z.shape[-1] != self.dim:
                 raise ValueError(
                     f"inner must have {self.dim} channels, as the residual that is added to it, "
                     f"got {z.shape[-1]}"
                 )
-            residual = self.residual(record.layout.pack(tokens))
+            residual = record.layout.pack(tokens)
+            projection = self.residual_proj.weight, self.residual_proj.bias
         out = dechunk(
             record.chunk_layout.pack(z),
             probs,
             segmentation,
             residual,
+            projection=projection,
             straight_through=apply_scale,
             weigh_input=not self.multiply_by_prob,
             clamp=self.smoothing_clamp,
@@ -354,10 +370,9 @@ class DynamicSequenceChunker(nn.Module):
 
     def residual(self, x: Tensor) -> Tensor:
         """The projection of the residual, in float32 whatever the dtype of x and of autocast."""
-        linear, dtype = self.residual_proj, accumulation_dtype(x.dtype)
-        assert linear is not None
-        with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+        assert self.residual_proj is not None
+        y = wide_linear(x.flatten(0, -2), self.residual_proj.weight, self.residual_proj.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -59,9 +59,19 @@ class Segmentation(NamedTuple):
         grid = self.cu_chunks[:-1, None] + steps
         return grid.masked_fill_(grid >= self.cu_chunks[1:, None], -1)
 
-    def select(self, x: Tensor) -> Tensor:
-        """The rows of x (total, dim) where the chunks open: (chunks, dim), 0 in the tail."""
-        return gather_rows(x, self.boundary_positions, self.slot_of_position)
+    def select(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """The rows of x (total, dim) where the chunks open: (chunks, dim), 0 in the tail.
+
+        `ahead` is what `PendingSegmentation.select_ahead` returned for this x; it is used up.
+        """
+        positions, slots = self.boundary_positions, self.slot_of_position
+        if ahead is None or ahead.shape[0] < positions.shape[0]:
+            return gather_rows(x, positions, slots)
+        rows = ahead.resize_(positions.shape[0], x.shape[1])
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return rows
+        tracked: Tensor = _GatheredAhead.apply(x, positions, slots, [rows])  # type: ignore[no-untyped-call]  # torch's
+        return tracked
 
     def at_boundaries(self, values: Tensor) -> Tensor:
         """`values` (total,) where the chunks open: (chunks,), 0 in the tail."""
@@ -86,8 +96,21 @@ class PendingSegmentation:
         self.wanted, kept, *rest = _segment(boundary_mask, cu_seqlens, max_chunks)
         self._kept = self.wanted if max_chunks is None else kept
         self._starts, self._positions, self._chunks, self._slots, self._cu_chunks, sizes = rest
-        self._max_chunks = max_chunks
+        self._max_chunks, self._sizes = max_chunks, sizes
         self._read = None if max_chunks is not None else _HostRead(sizes)
+
+    def select_ahead(self, x: Tensor, room: int) -> Tensor | None:
+        """What `Segmentation.select` would gather, queued before the host knows how much that is.
+
+        On a GPU the rows are ready by the time that their number arrives, into a buffer with room
+        for `room` of them, which stays as large as that. None, with nothing queued, elsewhere and
+        with a limit.
+        """
+        if self._read is None or torch.compiler.is_compiling() or not _moves_on_triton(x):
+            return None
+        from h_net_dynamic_chunking.ops._triton.gather import gather
+
+        return gather(x.detach(), self._positions[:room], self._sizes)
 
     def finish(self) -> Segmentation:
         """The segmentation. Without `max_chunks`, the one host read of a stage ends here."""
@@ -275,9 +298,13 @@ def _(
     )
 
 
+def _moves_on_triton(x: Tensor) -> bool:
+    return x.element_size() <= 8 and uses_triton(x, moves_only=True)
+
+
 @operation("gather_rows")
 def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    if x.element_size() <= 8 and uses_triton(x, moves_only=True):
+    if _moves_on_triton(x):
         from h_net_dynamic_chunking.ops._triton.gather import gather
 
         return gather(x, index)
@@ -302,3 +329,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _gather_rows.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _GatheredAhead(torch.autograd.Function):
+    """`gather_rows` whose result is there already: the one element of a list."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, rows: list[Tensor]) -> Tensor:
+        _setup_context(ctx, (x, index, inverse), rows[0])
+        return rows[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, grad), None

@@ -1,4 +1,4 @@
-"""Dechunking: smoothing, expansion and residual in one operation. Eq. (5) to (9) of the paper.
+"""Dechunking: smoothing, expansion and residual in one operation. Eq. (3), (5) to (9) of the paper.
 
     out_t = STE(c_t) * s_{chunk of t} + residual_t     with s of `ops.ema` and c of `ops.expansion`
 
@@ -6,12 +6,16 @@ Contract
     z:             (chunks, dim), float; packed, what comes back from the inner network
     probs:         (total,), float: p of each position; P of a chunk is p where it opens
     segmentation:  of the positions
-    residual:      (total, dim), float, or None
+    residual:      (total, dim), float, or None; with a projection (total, any width)
+    projection:    weight (dim, any width) and bias (dim,) or None: what is added is
+                   `ops.wide_linear` of the residual; or None
     out:           (total, dim), in `dtype`; where there is no chunk, the residual
 
 Accumulates in float32 (float64 for float64), and the kernels round once, at the end. The gradient
 of the probabilities has two parts, from the smoothing and from the confidence. On a GPU what lies
-between, (chunks, dim) smoothed, is not written unless the backward pass will want it.
+between, (chunks, dim) smoothed, is not written unless the backward pass will want it. The
+projection is in here because its backward pass wants the gradient as it comes: between two
+operations, autograd would widen it to the float32 of what is added.
 """
 
 from typing import Any
@@ -25,6 +29,8 @@ from h_net_dynamic_chunking.ops.ema import _ema, _ema_backward
 from h_net_dynamic_chunking.ops.expansion import _expand, _expand_backward, runs_on_triton
 from h_net_dynamic_chunking.ops.packing import check_packed, check_same_length, gather_or_zero
 from h_net_dynamic_chunking.ops.registration import operation
+from h_net_dynamic_chunking.ops.wide_linear import _wide_linear_backward, check_weight
+from h_net_dynamic_chunking.ops.wide_products import product
 
 
 def dechunk(
@@ -33,6 +39,7 @@ def dechunk(
     segmentation: Segmentation,
     residual: Tensor | None = None,
     *,
+    projection: tuple[Tensor, Tensor | None] | None = None,
     straight_through: bool = True,
     weigh_input: bool = True,
     clamp: float | None = None,
@@ -46,6 +53,7 @@ def dechunk(
         probs: see the contract.
         segmentation: see the contract.
         residual: see the contract.
+        projection: see the contract.
         straight_through: Whether the confidence takes a gradient, eq. (7) to (9).
         weigh_input: As in `ema_smooth`.
         clamp: The smoothing, and nothing else, clamps P to [clamp, 1 - clamp].
@@ -66,12 +74,7 @@ def dechunk(
     check_packed("probs", probs, 1)
     check_same_length("z", z, "segmentation.boundary_positions", segmentation.boundary_positions)
     check_same_length("probs", probs, "segmentation.starts", segmentation.starts)
-    if residual is not None:
-        check_packed("residual", residual, 2)
-        if residual.shape != (len(probs), z.shape[1]):
-            raise ValueError(
-                f"residual must have shape {(len(probs), z.shape[1])}, got {tuple(residual.shape)}"
-            )
+    _check_residual(z, probs, residual, projection)
     if clamp is not None and not 0 <= clamp < 0.5:
         raise ValueError(f"clamp must be None or in [0, 0.5), got {clamp}")
     if dtype is None:
@@ -87,6 +90,7 @@ def dechunk(
         segmentation.starts,
         segmentation.cu_chunks,
         residual,
+        *(projection or (None, None)),
         dtype,
         straight_through,
         weigh_input,
@@ -95,6 +99,29 @@ def dechunk(
         short_memory,
     )
     return out
+
+
+def _check_residual(
+    z: Tensor,
+    probs: Tensor,
+    residual: Tensor | None,
+    projection: tuple[Tensor, Tensor | None] | None,
+) -> None:
+    if residual is None:
+        if projection is not None:
+            raise ValueError("projection must be None where there is no residual")
+        return
+    check_packed("residual", residual, 2)
+    shape = probs.shape[0], residual.shape[1] if projection else z.shape[1]
+    if residual.shape != shape:
+        raise ValueError(f"residual must have shape {shape}, got {tuple(residual.shape)}")
+    if projection is not None:
+        check_weight(residual, *projection)
+        if projection[0].shape[0] != z.shape[1]:
+            raise ValueError(
+                f"projection must make {z.shape[1]} channels, as z has, "
+                f"got {projection[0].shape[0]}"
+            )
 
 
 def _gates(probs: Tensor, positions: Tensor, clamp: float | None) -> Tensor:
@@ -113,6 +140,8 @@ def _dechunk(
     starts: Tensor,
     cu_chunks: Tensor,
     residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
     straight_through: bool,
     weigh_input: bool,
@@ -130,7 +159,8 @@ def _dechunk(
             chunk_of_position,
             positions,
             starts,
-            residual,
+            residual if residual is None or weight is None else product(residual, weight),
+            bias,
             dtype,
             weigh_input=weigh_input,
             clamp=clamp,
@@ -139,6 +169,8 @@ def _dechunk(
         )
     gates = _gates(probs, positions, clamp)
     smoothed = _ema(z, gates, cu_chunks, None, weigh_input)
+    if residual is not None and weight is not None:
+        residual = product(residual, weight, bias)
     out = _expand(smoothed, chunk_of_position, None, residual).to(dtype)
     return out, smoothed if keep_smoothed else smoothed.new_empty(0, z.shape[1])
 
@@ -153,6 +185,8 @@ def _(
     starts: Tensor,
     cu_chunks: Tensor,
     residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
     straight_through: bool,
     weigh_input: bool,
@@ -231,28 +265,37 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, probs, *indices, residual, _, straight_through, weigh_input, clamp, _, _ = inputs
+    z, probs, *indices, residual, weight, bias, _, straight_through, weigh_input, clamp, _, _ = (
+        inputs
+    )
     ctx.options = straight_through, weigh_input, clamp
     ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.has_bias = bias is not None
     ctx.backend = chosen_backend()
-    ctx.save_for_backward(z, probs, output[1], *indices)
+    ctx.save_for_backward(
+        z, probs, output[1], *indices, weight, None if weight is None else residual
+    )
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grad_z = grad_probs = grad_residual = None
+    grad_z = grad_probs = None
+    of_residual: tuple[Tensor | None, ...] = (None, None, None)
     if grad is not None:
-        z, probs, smoothed, *indices = ctx.saved_tensors
-        if ctx.residual_dtype is not None:
-            grad_residual = grad.to(ctx.residual_dtype)
+        z, probs, smoothed, *indices, weight, residual = ctx.saved_tensors
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             with use_backend(ctx.backend):
                 grad_z, grad_probs = _dechunk_backward(
                     grad, z, probs, smoothed, *indices, *ctx.options
                 )
             grad_probs = grad_probs.to(probs.dtype)
-    return grad_z, grad_probs, *[None] * 5, grad_residual, *[None] * 6
+        if weight is not None:
+            grad_residual, grad_weight, grad_bias = _wide_linear_backward(grad, residual, weight)
+            of_residual = grad_residual, grad_weight, grad_bias if ctx.has_bias else None
+        elif ctx.residual_dtype is not None:
+            of_residual = grad.to(ctx.residual_dtype), None, None
+    return grad_z, grad_probs, *[None] * 5, *of_residual, *[None] * 6
 
 
 _dechunk.register_autograd(_backward, setup_context=_setup_context)

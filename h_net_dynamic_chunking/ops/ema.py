@@ -319,6 +319,7 @@ def _ema_on_triton(
         numbers,
         starts,
         None,
+        None,
         dtype,
         weigh_input=weigh_input,
         clamp=None,

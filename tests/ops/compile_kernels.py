@@ -108,7 +108,8 @@ def call_launchers() -> None:
     boundary.boundary_bwd(p, pairs, cu_seqlens)
     segmentation.segment(mask, cu_seqlens, None)
     segmentation.segment(mask, cu_seqlens.int(), 7)
-    gather.gather(x, s.boundary_positions)
+    for count in (None, s.cu_chunks):
+        gather.gather(x, s.boundary_positions, count)
     ratio.ratio_loss_fwd(mask, p, cu_seqlens, 6.0)
     ratio.ratio_loss_bwd(p.sum(), p.sum(), p, cu_seqlens)
     walked = s.chunk_of_position, s.boundary_positions
@@ -119,6 +120,7 @@ def call_launchers() -> None:
             *walked,
             s.starts,
             x,
+            torch.randn(dim),
             x.dtype,
             weigh_input=True,
             clamp=None,

@@ -101,7 +101,13 @@ def test_gradcheck_and_opcheck() -> None:
         segmentation.starts,
         segmentation.cu_chunks,
     )
-    for options in ((residual, torch.float64, True, True), (None, torch.float32, False, False)):
+    projection = randn(5, 5, seed=5), randn(5, seed=6)
+    none = None, None
+    for options in (
+        (residual, *none, torch.float64, True, True),
+        (residual, *projection, torch.float64, True, True),
+        (None, *none, torch.float32, False, False),
+    ):
         rest = *indices, *options, 0.1, True, False
         torch.library.opcheck(torch.ops.h_net.dechunk.default, (z, p, *rest))
     plain = z.detach(), p.detach(), z.detach()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from h_net_dynamic_chunking.ops import compact, gather_rows, segment, use_backend
+from h_net_dynamic_chunking.ops import begin_segment, compact, gather_rows, segment, use_backend
 from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
 from tests.support import boundaries, cumulative, randn
@@ -34,6 +34,31 @@ def test_rows(limit: int | None) -> None:
     lens = [3, 0, 1, 7]
     mask, cu_seqlens = boundaries(11, device=DEVICE), cumulative(lens, DEVICE)
     assert_kernels_agree(lambda x: compact(x, mask, cu_seqlens, limit)[0], randn(11, 5))
+
+
+@pytest.mark.parametrize("room", [1, 8, 11])
+def test_rows_before_their_number_is_known(room: int) -> None:
+    """With too little room they are gathered when it is; elsewhere, and with a limit, always."""
+    mask, cu_seqlens = boundaries(11, device=DEVICE), cumulative([3, 0, 1, 7], DEVICE)
+    x = randn(11, 5, device=DEVICE).detach().float().requires_grad_()
+
+    def select(room: int | None) -> list[torch.Tensor]:
+        pending = begin_segment(mask, cu_seqlens)
+        ahead = None if room is None else pending.select_ahead(x, room)
+        assert (ahead is None) == (room is None)
+        rows = pending.finish().select(x, ahead)
+        return [rows, *torch.autograd.grad(rows.sin().sum(), x)]
+
+    with use_backend("triton"):
+        want = select(None)
+        assert all(map(torch.equal, select(room), want))
+        with torch.no_grad():
+            pending = begin_segment(mask, cu_seqlens)
+            ahead = pending.select_ahead(x, room)
+            assert torch.equal(pending.finish().select(x, ahead), want[0])
+        assert begin_segment(mask, cu_seqlens, 3).select_ahead(x, room) is None
+    with use_backend("torch"):
+        assert begin_segment(mask, cu_seqlens).select_ahead(x, room) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.float32, torch.float64])

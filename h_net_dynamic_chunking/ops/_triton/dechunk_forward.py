@@ -113,6 +113,7 @@ def ends_kernel(
 def _store_rows(
     out,
     residual,
+    b_bias,
     i_from,
     i_to,
     b_row,
@@ -130,6 +131,7 @@ def _store_rows(
         b_out = tl.broadcast_to(b_row[None, :], [ROWS, b_row.shape[0]])
         if HAS_RESIDUAL:
             b_out += tl.load(residual + o_row, mask=m_row, other=0).to(tl.float32)
+            b_out += b_bias[None, :]
         tl.store(out + o_row, b_out.to(out.dtype.element_ty), mask=m_row)
 
 
@@ -141,6 +143,7 @@ def dechunk_fwd_kernel(
     positions,
     starts,
     residual,
+    bias,
     states,
     through,
     out,
@@ -152,6 +155,7 @@ def dechunk_fwd_kernel(
     WEIGH: tl.constexpr,
     SMOOTH: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
     LOOKS_BACK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -162,6 +166,9 @@ def dechunk_fwd_kernel(
     i_b, _, o_d, m_d = program(D, BLOCK_D)
     i_start, i_stop, i_first, i_last = block_of_positions(chunk, i_b, T, block)
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
+    b_bias = b_state
+    if HAS_BIAS:
+        b_bias += tl.load(bias + o_d, mask=m_d, other=0).to(tl.float32)
     if i_first >= 0:
         if LOOKS_BACK:
             i_c = tl.load(chunk + i_start - 1, mask=i_start > 0, other=-1)
@@ -191,12 +198,14 @@ def dechunk_fwd_kernel(
                     tl.store(smoothed + i_c * D + o_d, b_kept, mask=m_d)
             i_from = tl.maximum(i_open, i_start)
             i_to = tl.where(i_c < i_last, i_next, i_stop)
-            _store_rows(out, residual, i_from, i_to, b_state, o_d, m_d, D, HAS_RESIDUAL, ROWS)
+            _store_rows(
+                out, residual, b_bias, i_from, i_to, b_state, o_d, m_d, D, HAS_RESIDUAL, ROWS
+            )
             i_open, i_next, b_z = i_next, i_after, b_next_z
             weight, gate = next_weight, next_gate
     b_none = tl.zeros([BLOCK_D], dtype=tl.float32)
     i_end = tl.minimum(i_start + block, T)
-    _store_rows(out, residual, i_stop, i_end, b_none, o_d, m_d, D, HAS_RESIDUAL, ROWS)
+    _store_rows(out, residual, b_bias, i_stop, i_end, b_none, o_d, m_d, D, HAS_RESIDUAL, ROWS)
 
 
 def dechunk_fwd(
@@ -206,6 +215,7 @@ def dechunk_fwd(
     positions: Tensor,
     starts: Tensor,
     residual: Tensor | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
     *,
     weigh_input: bool,
@@ -215,8 +225,8 @@ def dechunk_fwd(
 ) -> tuple[Tensor, Tensor]:
     """What the positions receive, (total, dim), and the smoothed chunks or (0, dim).
 
-    With `short_memory` each block looks back over the chunks themselves, which saves a kernel, and
-    is as exact, but slow where no P is large.
+    The bias (dim,) is added to the residual. With `short_memory` each block looks back over the
+    chunks themselves, which saves a kernel, and is as exact, but slow where no P is large.
     """
     return _forward(
         z,
@@ -225,6 +235,7 @@ def dechunk_fwd(
         positions,
         starts,
         residual,
+        bias,
         dtype,
         weigh_input=weigh_input,
         smooth=True,
@@ -246,6 +257,7 @@ def expand_fwd(
         positions,
         unused,
         residual,
+        None,
         dtype,
         weigh_input=False,
         smooth=False,
@@ -263,6 +275,7 @@ def _forward(
     positions: Tensor,
     starts: Tensor,
     residual: Tensor | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
     *,
     weigh_input: bool,
@@ -293,6 +306,7 @@ def _forward(
         {
             **tensors,
             "residual": z if residual is None else residual.contiguous(),
+            "bias": z if bias is None else bias.contiguous(),
             **passed,
             "out": out,
             "smoothed": smoothed,
@@ -302,6 +316,7 @@ def _forward(
             "WEIGH": weigh_input,
             "SMOOTH": smooth,
             "HAS_RESIDUAL": residual is not None,
+            "HAS_BIAS": bias is not None,
             "KEEP": keep_smoothed,
             "LOOKS_BACK": short_memory,
             "ROWS": _ROWS,

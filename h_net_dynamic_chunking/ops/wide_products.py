@@ -1,0 +1,83 @@
+"""Products in float32 of vectors that are bfloat16, on a GPU at the speed of bfloat16.
+
+A GPU multiplies float32 matrices some fifteen times slower than bfloat16 ones. Products of bfloat16
+numbers are exact in float32, in which the tensor cores add them up; so a float32 weight goes there
+as a sum of bfloat16 parts, of 8 bits each: three hold its 24 bits. To the gradient of x, which is
+rounded to 8 bits, the third would add nothing. All else is multiplied in float32, or float64.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+
+
+def splits(*factors: Tensor) -> bool:
+    """Whether products of such matrices go to the tensor cores: bfloat16, or a float32 weight."""
+    first, *others = factors
+    return (
+        first.is_cuda
+        and torch.version.hip is None
+        and first.numel() > 0
+        and first.dtype == torch.bfloat16
+        and all(other.dtype in (torch.bfloat16, torch.float32) for other in others)
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y, without autograd."""
+    with _without_autocast(x):
+        if not splits(x, weight):
+            dtype = accumulation_dtype(x.dtype)
+            bias = None if bias is None else bias.to(dtype)
+            return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+        # The small parts first, so that the large one is added to less rounding.
+        y = None
+        for part in reversed(_parts(weight, 3)):
+            y = _multiply(x, part.t(), y)
+        assert y is not None
+        return y if bias is None else y.add_(bias)
+
+
+def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, of the weight, and of a bias in the dtype of the weight; without autograd."""
+    dtype = accumulation_dtype(x.dtype)
+    grad_bias = grad.sum(0, dtype=dtype).to(weight.dtype)
+    with _without_autocast(x):
+        if not splits(grad, x) or not splits(x, weight):
+            wide = grad.to(dtype)
+            grad_weight = wide.t() @ x.to(dtype)
+            return (wide @ weight.to(dtype)).to(x.dtype), grad_weight.to(weight.dtype), grad_bias
+        high, *low = _parts(weight, 2)
+        if low:
+            grad_x = torch.mm(grad, low[0])
+            torch.addmm(grad_x, grad, high, out=grad_x)
+        else:
+            grad_x = torch.mm(grad, high)
+        return grad_x, _multiply(grad.t(), x).to(weight.dtype), grad_bias
+
+
+def _parts(weight: Tensor, most: int) -> list[Tensor]:
+    """bfloat16 matrices that add up to the weight, or nearly, the largest first."""
+    parts = [weight.to(torch.bfloat16)]
+    rest = weight
+    while weight.dtype != torch.bfloat16 and len(parts) < most:
+        rest = rest - parts[-1]
+        parts.append(rest.to(torch.bfloat16))
+    return parts
+
+
+def _multiply(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
+    """a b of bfloat16 matrices, in float32; added to `plus` in place if that is given."""
+    if plus is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(plus, a, b, out_dtype=torch.float32, out=plus)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

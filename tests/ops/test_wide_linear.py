@@ -1,0 +1,131 @@
+"""The float32 linear layer of narrow vectors, and the bfloat16 products that stand for it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops import dechunk, segment, wide_linear
+from h_net_dynamic_chunking.ops import wide_products as products
+from tests.support import (
+    DEVICES,
+    assert_same_function,
+    boundaries,
+    compiled,
+    cumulative,
+    probabilities,
+    randn,
+)
+
+
+def oracle(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.stack([(weight * row).sum(1) + bias for row in x]) if len(x) else x @ weight.T
+
+
+def layer(rows: int = 7, device: str = "cpu") -> list[Tensor]:
+    """x, weight and bias."""
+    x, weight = randn(rows, 5, device=device), randn(3, 5, seed=1, device=device)
+    return [x, weight, randn(3, seed=2, device=device)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [7, 1, 0])
+def test_oracle(rows: int, device: str) -> None:
+    assert_same_function(wide_linear, oracle, layer(rows, device))
+
+
+def test_gradcheck_opcheck_and_compilation() -> None:
+    x, weight, bias = layer()
+    assert torch.autograd.gradcheck(wide_linear, (x, weight, bias))
+    assert torch.autograd.gradcheck(wide_linear, (x, weight))
+    ops, grad = torch.ops.h_net, randn(7, 3).detach()
+    torch.library.opcheck(ops.wide_linear.default, (x, weight, bias))
+    torch.library.opcheck(ops.wide_linear_backward.default, (grad, x.detach(), weight.detach()))
+    run, compilations = compiled(wide_linear)
+    for rows in (7, 9, 12):
+        assert_same_function(run, oracle, layer(rows))
+    assert compilations() == 1
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 4), torch.zeros(5)])
+def test_refuses_weights_that_do_not_fit(weight: Tensor) -> None:
+    with pytest.raises(ValueError, match="weight must have shape"):
+        wide_linear(torch.zeros(2, 5), weight)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        wide_linear(torch.zeros(2, 5), torch.zeros(3, 5), torch.zeros(2))
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of tensor cores, which a CPU does not offer: exact, and added in float32."""
+
+    def multiply(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        product = a.float() @ b.float()
+        return product if plus is None else plus.add_(product)
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(products, "splits", lambda *_: True)
+        monkeypatch.setattr(products, "_multiply", multiply)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_products_are_as_exact_as_float32_ones(dtype: torch.dtype) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, grad = (randn(64, 256, seed=s, device=device).detach().bfloat16() for s in (0, 1))
+    weight = (randn(256, 256, seed=2, device=device).detach() / 16).to(dtype)
+    # Of every order of magnitude that a weight may have.
+    weight *= torch.logspace(-20, 2, 256, device=device)[:, None].to(dtype)
+    y, gradients = products.product(x, weight), products.gradients(grad, x, weight)
+    exact = x.double() @ weight.double().T
+    wide = grad.double()
+    exact_gradients = wide @ weight.double(), wide.T @ x.double(), wide.sum(0)
+    plain = x.float() @ weight.float().T
+    bound = 1.5 * (plain - exact).abs().amax(0) + 1e-30
+    assert bool(((y - exact).abs().amax(0) <= bound).all())
+    for got, want in zip(gradients, exact_gradients, strict=True):
+        error = (got.double() - want.double()).abs().max() / want.double().abs().max()
+        assert error <= torch.finfo(got.dtype).eps, f"{got.dtype} {float(error):.2g}"
+
+
+@pytest.mark.usefixtures("emulated")
+def test_autocast_changes_nothing() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight = torch.randn(5, 8, device=device), torch.randn(8, 8, device=device)
+    want = x.bfloat16().double() @ weight.double().T
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = wide_linear(x.bfloat16(), weight)
+    assert got.dtype == torch.float32
+    assert float((got - want).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lens", [[3, 0, 1, 40], [0]])
+def test_dechunking_projects_its_residual(lens: list[int], device: str) -> None:
+    total = sum(lens)
+    segmentation = segment(boundaries(total, device=device), cumulative(lens, device))
+    z = randn(len(segmentation.boundary_positions), 3, device=device)
+    assert_same_function(
+        lambda z, p, x, w, b: dechunk(z, p, segmentation, x, projection=(w, b)),
+        lambda z, p, x, w, b: dechunk(z, p, segmentation, wide_linear(x, w, b)),
+        [z, probabilities(total, device=device), *layer(total, device)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("residual", "weight", "message"),
+    [
+        (None, (3, 5), "projection must be None where there is no residual"),
+        ((4, 5), (2, 5), "projection must make 3 channels"),
+        ((4, 5), (3, 4), "weight must have shape"),
+        ((2, 5), (3, 5), "residual must have shape"),
+    ],
+)
+def test_dechunking_refuses_what_does_not_fit(
+    residual: tuple[int, int] | None, weight: tuple[int, int], message: str
+) -> None:
+    segmentation = segment(torch.ones(4, dtype=torch.bool), torch.tensor([0, 4]))
+    x = None if residual is None else torch.zeros(residual)
+    projection = torch.zeros(weight), None
+    with pytest.raises(ValueError, match=message):
+        dechunk(torch.zeros(4, 3), torch.ones(4), segmentation, x, projection=projection)
