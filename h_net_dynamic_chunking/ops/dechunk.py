@@ -225,7 +225,6 @@ def _dechunk_backward(
             smoothed,
             probs,
             chunk_of_position,
-            positions,
             starts,
             cu_chunks,
             weigh_input=weigh_input,

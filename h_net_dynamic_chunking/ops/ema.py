@@ -351,7 +351,6 @@ def _ema_backward_on_triton(
             smoothed,
             p,
             numbers,
-            numbers,
             starts,
             cu_chunks,
             weigh_input=weigh_input,

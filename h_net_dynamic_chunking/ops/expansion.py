@@ -119,8 +119,7 @@ def _expand_backward(
     if runs_on_triton(smoothed, None, len(chunk_of_position)):
         from h_net_dynamic_chunking.ops._triton.dechunk_backward import expand_bwd
 
-        positions = _positions(chunk_of_position, len(smoothed))
-        return expand_bwd(grad, smoothed, chunk_of_position.contiguous(), positions)
+        return expand_bwd(grad, smoothed, chunk_of_position.contiguous())
     dtype = accumulation_dtype(smoothed.dtype)
     chunks, dim = smoothed.shape
     # The tail adds to one row behind the last chunk, which is cut off again.

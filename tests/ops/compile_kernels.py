@@ -134,14 +134,14 @@ def call_launchers() -> None:
             z,
             z,
             p,
-            *walked,
+            s.chunk_of_position,
             s.starts,
             s.cu_chunks,
             weigh_input=True,
             clamp=None,
             straight_through=straight_through,
         )
-    dechunk_backward.expand_bwd(x, z, *walked)
+    dechunk_backward.expand_bwd(x, z, s.chunk_of_position)
     call_layers(x, cu_seqlens)
     call_ssd()
     call_mamba2_parts()

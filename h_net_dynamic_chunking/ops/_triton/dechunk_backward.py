@@ -1,8 +1,13 @@
 """Smoothing and expansion backward: each gradient of a position is read once or twice.
 
-The gradient of a chunk is the sum of those of its positions, plus what the chunk behind it passes
-on; the same walk, from the last chunk to the first, writes those of P and of the confidence.
+    v_t = grad_t + a_{t+1} v_{t+1}        a: 1 within a chunk, its gate where one opens
+
+At the position where a chunk opens v is the gradient of the smoothed chunk; the same walk, from the
+last position to the first, writes those of z, of P and of the confidence.
 """
+
+# Unrolled loops fill tuples, whose type then changes.
+# mypy: disable-error-code="assignment, var-annotated"
 
 import torch
 import triton
@@ -12,29 +17,28 @@ from torch import Tensor
 from h_net_dynamic_chunking.ops._triton.common import launch
 from h_net_dynamic_chunking.ops._triton.walk import (
     after,
-    block_of_positions,
     carry,
     counts,
     divide,
     limits,
     opening,
+    passed_on,
     program,
 )
 
 # One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
 _BLOCK_D = 256
-# Positions in flight at a time; with 8 the last kernel takes 99 us in place of 68 (H200).
-_ROWS = 4
+# Positions that are loaded at a time: by the walk, and to look ahead.
+_ROWS, _AHEAD = 8, 8
 
 
 @triton.jit
-def _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH: tl.constexpr):
-    """How much of the gradient of position i_stop reaches the position before it."""
-    m_t = i_stop < T
-    i_c = tl.load(chunk + i_stop, mask=m_t, other=-1)
-    i_open = tl.load(positions + i_c, mask=i_c >= 0, other=0)
-    _, gate = opening(p, starts, i_open, i_c >= 0, low, high, SMOOTH)
-    return tl.where(i_c < 0, 0.0, tl.where(i_open == i_stop, gate, 1.0))
+def _gates_into(p, chunk, starts, o_t, m_t, low, high, SMOOTH: tl.constexpr):
+    """How much of the gradient of positions t, above 0, reaches the positions before them."""
+    b_chunk = tl.load(chunk + o_t, mask=m_t, other=-1)
+    b_before = tl.load(chunk + o_t - 1, mask=m_t, other=-1)
+    _, b_gate = opening(p, starts, o_t, m_t, low, high, SMOOTH)
+    return tl.where(b_chunk < 0, 0.0, tl.where(b_chunk == b_before, 1.0, b_gate))
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -42,7 +46,6 @@ def begins_kernel(
     grad,
     p,
     chunk,
-    positions,
     starts,
     states,
     through,
@@ -58,59 +61,52 @@ def begins_kernel(
 ):
     """What reaches the first position of each block from the block, and how much passes it."""
     i_b, i_d, o_d, m_d = program(D, BLOCK_D)
-    i_from, i_stop, i_c, i_last = block_of_positions(chunk, i_b, T, block)
+    i_start = i_b * block
+    i_stop = tl.minimum(i_start + block, T)
     b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
-    weight = tl.where(i_c >= 0, 1.0, 0.0)
-    i_next = tl.load(positions + tl.minimum(i_c + 1, i_last), mask=i_c >= 0, other=0)
-    while (i_c <= i_last) & counts(weight, NEGLIGIBLE):
-        # Where the chunk after the next opens: on its way while this one is summed.
-        i_after = tl.load(positions + tl.minimum(i_c + 2, i_last))
-        is_inner = i_c < i_last
-        _, gate = opening(p, starts, i_next, is_inner, low, high, SMOOTH)
-        i_to = tl.where(is_inner, i_next, i_stop)
-        b_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-        for i_t in range(i_from, i_to, ROWS):
-            o_t = i_t + tl.arange(0, ROWS)
-            m_row = (o_t < i_to)[:, None] & m_d[None, :]
-            b_g = tl.load(grad + o_t[:, None] * D + o_d[None, :], mask=m_row, other=0)
-            b_sum += tl.sum(b_g.to(tl.float32), axis=0)
-        b_state += weight * b_sum
-        weight *= tl.where(is_inner, gate, 1.0)
-        i_from, i_next = i_next, i_after
-        i_c += 1
+    weight = tl.full([], 1.0, tl.float32)
+    i_t = i_start
+    while (i_t < i_stop) & counts(weight, NEGLIGIBLE):
+        o_t = i_t + tl.arange(0, ROWS)
+        m_t = o_t < i_stop
+        o_g = o_t[:, None] * D + o_d[None, :]
+        b_g = tl.load(grad + o_g, mask=m_t[:, None] & m_d[None, :], other=0).to(tl.float32)
+        m_inner = m_t & (o_t > i_start)
+        b_gate = _gates_into(p, chunk, starts, o_t, m_inner, low, high, SMOOTH)
+        b_gate = tl.where(m_inner, b_gate, 1.0)
+        m_nan = b_gate != b_gate
+        b_weight = weight * tl.cumprod(tl.where(m_nan, 1.0, b_gate), axis=0)
+        m_live = tl.load(chunk + o_t, mask=m_t, other=-1) >= 0
+        m_counts = m_live & counts(b_weight, NEGLIGIBLE)
+        b_state += tl.sum(tl.where(m_counts[:, None], b_weight[:, None] * b_g, 0.0), axis=0)
+        weight = tl.sum(tl.where(tl.arange(0, ROWS) == ROWS - 1, b_weight, 0.0))
+        # What passes a gate of NaN is NaN, and there is no more to be seen.
+        if tl.sum((m_nan & m_counts).to(tl.int32)) > 0:
+            b_state += float("nan")
+            weight *= 0.0
+        i_t += ROWS
     tl.store(states + i_b * D + o_d, b_state, mask=m_d)
     if i_d == 0:
-        gate = _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
+        gate = _gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH)
         # A weight of 0 lets nothing through, not even NaN.
         m_passes = counts(weight, NEGLIGIBLE) & counts(weight * gate, NEGLIGIBLE)
         tl.store(through + i_b, tl.where(m_passes, weight * gate, 0.0))
 
 
 @triton.jit
-def _sum_rows(
-    grad,
-    p_dots,
-    i_from,
-    i_to,
-    b_now,
-    o_d,
-    m_d,
-    D: tl.constexpr,
-    CONFIDENCE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The sum of the gradients of positions that open nothing; their products with the chunk."""
-    o_t = i_from + tl.arange(0, ROWS)
-    m_t = o_t < i_to
-    o_row = o_t[:, None] * D + o_d[None, :]
-    b_g = tl.load(grad + o_row, mask=m_t[:, None] & m_d[None, :], other=0).to(tl.float32)
-    b_dot = tl.zeros([ROWS], tl.float32)
-    if CONFIDENCE != "none":
-        b_dot = tl.sum(b_g * b_now[None, :], axis=1)
-        if CONFIDENCE == "of decision":
-            b_dot = -b_dot
-    tl.store(p_dots + o_t, b_dot, mask=m_t)
-    return tl.sum(b_g, axis=0)
+def _chunks(chunk, i_t, i_start, ROWS: tl.constexpr):
+    """The chunks of positions i_t - 1 to i_t + ROWS - 1; -1 before the one before i_start."""
+    i_chunks = ()
+    for k in tl.static_range(-1, ROWS):
+        m_t = (i_t + k >= 0) & (i_t + k >= i_start - 1)
+        i_chunks += (tl.load(chunk + i_t + k, mask=m_t, other=-1),)
+    return i_chunks
+
+
+@triton.jit
+def _where(condition, o_d, m_d):
+    """m_d if the condition holds, else nowhere. The interpreter makes no mask of a scalar."""
+    return m_d & (tl.zeros_like(o_d) + condition.to(tl.int32) != 0)
 
 
 @triton.jit(do_not_specialize=["T", "B", "M", "block", "blocks"])
@@ -120,7 +116,6 @@ def dechunk_bwd_kernel(
     smoothed,
     p,
     chunk,
-    positions,
     starts,
     cu_chunks,
     states,
@@ -142,8 +137,8 @@ def dechunk_bwd_kernel(
     BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
 ):
-    """From the last chunk to the first. CONFIDENCE: "none", "plain", or "of decision", which is p
-    where a chunk opens and 1 - p elsewhere."""
+    """From the last position to the first. CONFIDENCE: "none", "plain", or "of decision", which is
+    p where a chunk opens and 1 - p elsewhere."""
     i_b, i_d, o_d, m_d = program(D, BLOCK_D)
     # The last block first: its gradients are what the kernel before has left in the cache.
     i_b = blocks - 1 - i_b
@@ -151,51 +146,61 @@ def dechunk_bwd_kernel(
     # Slots behind the last chunk belong to no block: all share in clearing them.
     for i_c in range(tl.load(cu_chunks + B).to(tl.int64) + i_b, M, blocks):
         tl.store(grad_z + i_c * D + o_d, tl.zeros_like(o_d).to(grad_z.dtype.element_ty), mask=m_d)
-    i_start, i_stop, i_first, i_last = block_of_positions(chunk, i_b, T, block)
-    for i_t in range(i_stop, tl.minimum(i_start + block, T)):
-        tl.store(p_dots + i_t, 0.0)
-    if i_first >= 0:
-        b_u = carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
-        gate = _gate_behind(p, chunk, positions, starts, i_stop, T, low, high, SMOOTH)
-        i_to = i_stop
-        b_s = tl.load(smoothed + i_last * D + o_d, mask=m_d, other=0)
-        i_open = tl.load(positions + i_last)
-        for i_back in range(0, i_last - i_first + 1):
-            i_c = i_last - i_back
-            # Where the next one opens: on its way while this one is summed.
-            i_before = tl.load(positions + tl.maximum(i_c - 1, 0))
-            # Here the chunk opens, unless an earlier block has done that, or it has no positions.
-            b_open = tl.zeros_like(o_d) + i_open
-            m_open = m_d & (b_open >= i_start) & (b_open < i_to)
-            b_g_open = tl.load(grad + i_open * D + o_d, mask=m_open, other=0)
-            b_s_before = tl.load(smoothed + tl.maximum(i_c - 1, 0) * D + o_d, mask=m_d, other=0)
+    i_start = i_b * block
+    i_stop = tl.minimum(i_start + block, T)
+    # v of the position behind the block, and how much of it comes in.
+    b_v = carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
+    gate = _gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH)
+    i_chunks = _chunks(chunk, i_stop - ROWS, i_start, ROWS)
+    for i_back in range(ROWS, i_stop - i_start + ROWS, ROWS):
+        i_t = i_stop - i_back
+        # All that these positions need is on its way before the last of them is looked at.
+        rows = ()
+        for k in tl.static_range(ROWS):
+            i_c = i_chunks[k + 1]
+            is_row = (i_c >= 0) & (i_t + k >= i_start)
+            m_row = _where(is_row, o_d, m_d)
+            m_open = _where(is_row & (i_c != i_chunks[k]), o_d, m_d)
+            b_g = tl.load(grad + (i_t + k) * D + o_d, mask=m_row, other=0)
+            # That of the position before the block as well: a chunk that opens takes from it.
+            b_s = tl.load(smoothed + i_c * D + o_d, mask=_where(i_c >= 0, o_d, m_d), other=0)
             b_z = tl.load(z + i_c * D + o_d, mask=m_open, other=0)
-            b_now = b_s.to(tl.float32)
-            weight, next_gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
-            # The first rows are on their way together with the rest of what the chunk needs.
-            i_rest = tl.maximum(i_open + 1, i_start)
-            b_sum = _sum_rows(grad, p_dots, i_rest, i_to, b_now, o_d, m_d, D, CONFIDENCE, ROWS)
-            for i_t in range(i_rest + ROWS, i_to, ROWS):
-                b_sum += _sum_rows(grad, p_dots, i_t, i_to, b_now, o_d, m_d, D, CONFIDENCE, ROWS)
-            b_u = after(b_g_open.to(tl.float32) + b_sum, gate, b_u)
-            gate = next_gate
-            b_dot = tl.zeros([BLOCK_D], tl.float32)
-            if CONFIDENCE != "none":
-                b_dot += b_g_open.to(tl.float32) * b_now
+            raw, is_start = 1.0, False
             if SMOOTH:
-                is_start = tl.load(starts + i_open) != 0
-                b_change = -tl.where(is_start, 0.0, b_s_before.to(tl.float32))
-                if WEIGH:
-                    b_change += b_z.to(tl.float32)
-                raw = tl.load(p + i_open)
-                b_dot += tl.where((raw < low) | (raw > high), 0.0, b_u * b_change)
-            if (i_open >= i_start) & (i_open < i_to):
-                tl.store(p_dots + i_open, tl.sum(b_dot, axis=0))
-            b_grad_z = b_u * weight if WEIGH else b_u
-            tl.store(grad_z + i_c * D + o_d, b_grad_z.to(grad_z.dtype.element_ty), mask=m_open)
-            b_s = b_s_before
-            i_to = tl.minimum(i_open, i_to)
-            i_open = i_before
+                m_t = i_t + k >= i_start
+                raw = tl.load(p + i_t + k, mask=m_t, other=1)
+                is_start = tl.load(starts + i_t + k, mask=m_t, other=1) != 0
+            rows += ((b_g, b_s, b_z, raw, is_start),)
+        m_before = _where((i_chunks[0] >= 0) & (i_chunks[1] != i_chunks[0]), o_d, m_d)
+        b_s_before = tl.load(smoothed + i_chunks[0] * D + o_d, mask=m_before, other=0)
+        i_nexts = _chunks(chunk, i_t - ROWS, i_start, ROWS)
+        for k in tl.static_range(ROWS - 1, -1, -1):
+            b_g, b_s, b_z, raw, is_start = rows[k]
+            b_g = b_g.to(tl.float32)
+            b_v = after(b_g, gate, b_v)
+            gate = 1.0
+            b_dot = tl.zeros([BLOCK_D], tl.float32)
+            is_open = (i_chunks[k + 1] != i_chunks[k]) & (i_chunks[k + 1] >= 0)
+            if CONFIDENCE != "none":
+                b_dot = b_g * b_s.to(tl.float32)
+                if CONFIDENCE == "of decision":
+                    b_dot = tl.where(is_open, b_dot, -b_dot)
+            if is_open & (i_t + k >= i_start):
+                weight = 1.0
+                gate = 0.0
+                if SMOOTH:
+                    weight = tl.where(raw < low, low, tl.where(raw > high, high, raw))
+                    gate = tl.where(is_start, 0.0, 1 - weight)
+                    b_change = b_s_before if k == 0 else rows[k - 1][1]
+                    b_change = -tl.where(is_start, 0.0, b_change.to(tl.float32))
+                    if WEIGH:
+                        b_change += b_z.to(tl.float32)
+                    b_dot += tl.where((raw < low) | (raw > high), 0.0, b_v * b_change)
+                b_grad_z = b_v * weight if WEIGH else b_v
+                p_grad_z = grad_z + i_chunks[k + 1] * D + o_d
+                tl.store(p_grad_z, b_grad_z.to(grad_z.dtype.element_ty), mask=m_d)
+            tl.store(p_dots + i_t + k, tl.sum(b_dot, axis=0), mask=i_t + k >= i_start)
+        i_chunks = i_nexts
 
 
 def dechunk_bwd(
@@ -204,7 +209,6 @@ def dechunk_bwd(
     smoothed: Tensor,
     p: Tensor,
     chunk: Tensor,
-    positions: Tensor,
     starts: Tensor,
     cu_chunks: Tensor,
     *,
@@ -225,7 +229,6 @@ def dechunk_bwd(
         smoothed,
         p.float().contiguous(),
         chunk,
-        positions,
         starts,
         cu_chunks,
         grad_z,
@@ -234,9 +237,7 @@ def dechunk_bwd(
     )
 
 
-def expand_bwd(
-    grad: Tensor, smoothed: Tensor, chunk: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def expand_bwd(grad: Tensor, smoothed: Tensor, chunk: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the smoothed chunks and, float32 (total,), of the confidence."""
     smoothed = smoothed.contiguous()
     unused = smoothed
@@ -248,7 +249,6 @@ def expand_bwd(
         smoothed,
         unused,
         chunk,
-        positions,
         unused,
         chunk.new_full((1,), len(smoothed)),
         grad_smoothed,
@@ -263,7 +263,6 @@ def _backward(
     smoothed: Tensor,
     p: Tensor,
     chunk: Tensor,
-    positions: Tensor,
     starts: Tensor,
     cu_chunks: Tensor,
     grad_z: Tensor,
@@ -273,14 +272,14 @@ def _backward(
     """Fills grad_z, and returns the gradient of each position's p."""
     grad, total = grad.contiguous(), chunk.shape[0]
     walk = divide(z, total, _BLOCK_D)
-    dots = walk.states.new_empty(walk.programs // walk.blocks, total)
-    tensors = {"p": p, "chunk": chunk, "positions": positions, "starts": starts}
-    passed = {"states": walk.states, "through": walk.through}
+    passed = passed_on(walk, z)
+    dots = passed["states"].new_empty(walk.programs // walk.blocks, total)
+    tensors = {"p": p, "chunk": chunk, "starts": starts}
     launch(
         begins_kernel,
         walk.programs,
         {"grad": grad, **tensors, **passed, "T": total, "block": walk.block, **clamped},
-        {"SMOOTH": options["SMOOTH"], "ROWS": _ROWS, **walk.constants},
+        {"SMOOTH": options["SMOOTH"], "ROWS": _AHEAD, **walk.constants},
         num_warps=1,
     )
     launch(

@@ -4,6 +4,9 @@ Tiles of positions under `tl.associative_scan` take some 20 instructions an elem
 by them; a walk over chunks takes one multiplication a chunk, and a share of a store.
 """
 
+# Unrolled loops fill tuples, whose type then changes.
+# mypy: disable-error-code="assignment, var-annotated"
+
 import torch
 import triton
 import triton.language as tl
@@ -18,13 +21,16 @@ from h_net_dynamic_chunking.ops._triton.walk import (
     divide,
     limits,
     opening,
+    passed_on,
     program,
 )
 
 # One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
 _BLOCK_D = 256
-# Positions that are written at a time, and chunks that are looked back over at a time.
-_ROWS, _CHUNKS = 4, 32
+# Positions that are written at a time, and chunks that are loaded at a time.
+_ROWS, _CHUNKS = 4, 4
+# Chunks that are looked back over at a time, where that may be far.
+_FAR = 32
 
 
 @triton.jit
@@ -135,6 +141,15 @@ def _store_rows(
         tl.store(out + o_row, b_out.to(out.dtype.element_ty), mask=m_row)
 
 
+@triton.jit
+def _opens(positions, i_c, i_last, CHUNKS: tl.constexpr):
+    """Where chunks i_c, i_c + 1, ... open; behind the last one, where that does."""
+    i_opens = ()
+    for k in tl.static_range(CHUNKS):
+        i_opens += (tl.load(positions + tl.minimum(i_c + k, i_last)),)
+    return i_opens
+
+
 @triton.jit(do_not_specialize=["T", "block"])
 def dechunk_fwd_kernel(
     z,
@@ -159,6 +174,7 @@ def dechunk_fwd_kernel(
     KEEP: tl.constexpr,
     LOOKS_BACK: tl.constexpr,
     ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
@@ -179,30 +195,43 @@ def dechunk_fwd_kernel(
             b_state = carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
         else:
             b_state = tl.load(z + i_first * D + o_d, mask=m_d, other=0).to(tl.float32)
-        # What a chunk needs is loaded while the one before it is written, its position before that.
-        i_open = tl.load(positions + i_first)
-        i_next = tl.load(positions + tl.minimum(i_first + 1, i_last))
-        weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
-        b_z = tl.load(z + i_first * D + o_d, mask=m_d, other=0)
-        for i_c in range(i_first, i_last + 1):
-            i_after = tl.load(positions + tl.minimum(i_c + 2, i_last))
-            next_weight, next_gate = opening(p, starts, i_next, i_next >= 0, low, high, SMOOTH)
-            b_next_z = tl.load(z + tl.minimum(i_c + 1, i_last) * D + o_d, mask=m_d, other=0)
-            if i_open >= i_start:
-                b_x = b_z.to(tl.float32)
-                if WEIGH:
-                    b_x *= weight
-                b_state = after(b_x, gate, b_state)
-                if KEEP:
-                    b_kept = b_state.to(smoothed.dtype.element_ty)
-                    tl.store(smoothed + i_c * D + o_d, b_kept, mask=m_d)
-            i_from = tl.maximum(i_open, i_start)
-            i_to = tl.where(i_c < i_last, i_next, i_stop)
-            _store_rows(
-                out, residual, b_bias, i_from, i_to, b_state, o_d, m_d, D, HAS_RESIDUAL, ROWS
-            )
-            i_open, i_next, b_z = i_next, i_after, b_next_z
-            weight, gate = next_weight, next_gate
+        i_opens = _opens(positions, i_first, i_last, CHUNKS)
+        for i_c in range(i_first, i_last + 1, CHUNKS):
+            # All that these chunks need is on its way before the first of them is written.
+            loaded = ()
+            for k in tl.static_range(CHUNKS):
+                i_k, i_open = tl.minimum(i_c + k, i_last), i_opens[k]
+                weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
+                loaded += ((weight, gate, tl.load(z + i_k * D + o_d, mask=m_d, other=0)),)
+            i_nexts = _opens(positions, i_c + CHUNKS, i_last, CHUNKS)
+            i_ends = i_opens + i_nexts
+            for k in tl.static_range(CHUNKS):
+                if i_c + k <= i_last:
+                    weight, gate, b_z = loaded[k]
+                    if i_opens[k] >= i_start:
+                        b_x = b_z.to(tl.float32)
+                        if WEIGH:
+                            b_x *= weight
+                        b_state = after(b_x, gate, b_state)
+                        if KEEP:
+                            b_kept = b_state.to(smoothed.dtype.element_ty)
+                            tl.store(smoothed + (i_c + k) * D + o_d, b_kept, mask=m_d)
+                    i_from = tl.maximum(i_opens[k], i_start)
+                    i_to = tl.where(i_c + k < i_last, i_ends[k + 1], i_stop)
+                    _store_rows(
+                        out,
+                        residual,
+                        b_bias,
+                        i_from,
+                        i_to,
+                        b_state,
+                        o_d,
+                        m_d,
+                        D,
+                        HAS_RESIDUAL,
+                        ROWS,
+                    )
+            i_opens = i_nexts
     b_none = tl.zeros([BLOCK_D], dtype=tl.float32)
     i_end = tl.minimum(i_start + block, T)
     _store_rows(out, residual, b_bias, i_stop, i_end, b_none, o_d, m_d, D, HAS_RESIDUAL, ROWS)
@@ -288,14 +317,15 @@ def _forward(
     total, dim = chunk.shape[0], z.shape[1]
     walk = divide(z, total, _BLOCK_D)
     tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
-    passed = {"states": walk.states, "through": walk.through}
+    looks_back = short_memory or not smooth
+    passed = {"states": p, "through": p} if looks_back else passed_on(walk, z)
     numbers = {"T": total, "block": walk.block, **limits(clamp)}
-    if smooth and not short_memory:
+    if not looks_back:
         launch(
             ends_kernel,
             walk.programs,
             {**tensors, **passed, **numbers},
-            {"WEIGH": weigh_input, "CHUNKS": _CHUNKS, **walk.constants},
+            {"WEIGH": weigh_input, "CHUNKS": _FAR, **walk.constants},
             num_warps=4,
         )
     out = z.new_empty(total, dim, dtype=dtype)
@@ -320,6 +350,7 @@ def _forward(
             "KEEP": keep_smoothed,
             "LOOKS_BACK": short_memory,
             "ROWS": _ROWS,
+            "CHUNKS": _CHUNKS,
             **walk.constants,
         },
         num_warps=1,

@@ -23,16 +23,12 @@ from h_net_dynamic_chunking.ops._triton.common import cdiv, power_of_2
 
 
 class Walk(NamedTuple):
-    """How positions and channels are divided, and room for what blocks pass on."""
+    """How positions and channels are divided."""
 
     block: int
     """Positions of a block."""
     blocks: int
     programs: int
-    states: Tensor
-    """float32 (blocks, dim): state at the end of a block, or at its beginning in reverse."""
-    through: Tensor
-    """float32 (blocks,): how much of what comes in passes the block."""
     constants: dict[str, Any]
     """D, BLOCK_D and NEGLIGIBLE, of every kernel."""
 
@@ -50,17 +46,22 @@ def divide(x: Tensor, total: int, block_d: int) -> Walk:
     wanted = max(_BLOCKS, _PROGRAMS // cdiv(dim, block_d))
     block = max(_SMALLEST_BLOCK, power_of_2(cdiv(total, wanted)))
     blocks = cdiv(total, block)
-    states = x.new_empty(blocks, dim, dtype=torch.float32)
     # A 256th of what float32 rounds off, and a 500th of what float16 does.
     negligible = 2.0**-32 if x.dtype == torch.float32 else 2.0**-20
     return Walk(
         block,
         blocks,
         blocks * cdiv(dim, block_d),
-        states,
-        states.new_empty(blocks),
         {"D": dim, "BLOCK_D": block_d, "NEGLIGIBLE": negligible},
     )
+
+
+def passed_on(walk: Walk, x: Tensor) -> dict[str, Tensor]:
+    """Room for what the blocks pass on, float32: `states` (blocks, dim), which is the state at the
+    end of a block, or at its beginning in reverse; `through` (blocks,): how much of what comes in
+    passes the block."""
+    states = x.new_empty(walk.blocks, x.shape[1], dtype=torch.float32)
+    return {"states": states, "through": states.new_empty(walk.blocks)}
 
 
 def limits(clamp: float | None) -> dict[str, float]:
