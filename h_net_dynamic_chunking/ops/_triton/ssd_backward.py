@@ -11,9 +11,9 @@ The gradient of the logarithm of one decay, that of position k, sums over the pa
 it stands between: pairs within the chunk, pairs that come from before it, pairs that go behind it,
 and those that do both, which are exp(a_last) <S, G>.
 
-Two kernels walk over the heads of a chunk with sums over heads in their registers, which would not
-fit into those of one: the first has what concerns pairs within a chunk, and du, the second the
-rest. Pairs are (j, i), so that their weights are the left side of a product as they are.
+Kernels walk over the heads of half a chunk, with sums over heads in their registers: one has the
+pairs within the chunk, and du; another, once for C and once for B, what crosses its edges. Pairs
+are (j, i), so that their weights are the left side of a product as they are.
 """
 
 from typing import Any
@@ -36,58 +36,31 @@ from h_net_dynamic_chunking.ops._triton.ssd_states import chunk_states, segment_
 
 # To be measured. Positions of a chunk, and how many programs should have a part of the heads.
 CHUNK, PROGRAMS = 128, 256
-PAIRS_WARPS, PAIRS_STAGES = 8, 2
-KEYS_WARPS, KEYS_STAGES = 8, 2
-
-
-@triton.jit(do_not_specialize=["length", "chunks", "batch"])
-def ssd_products_kernel(
-    B,
-    C,
-    start,
-    cu,
-    products,
-    length,
-    chunks,
-    batch,
-    SB: tl.constexpr,
-    SC: tl.constexpr,
-    N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    H: tl.constexpr,
-    L: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """B_j . C_i of the pairs of each chunk, j <= i in one sequence; 0 elsewhere."""
-    i_rc = tl.program_id(0).to(tl.int64)
-    i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
-    live = live_positions(cu, batch, length, PACKED)
-    o_l, o_n = tl.arange(0, L), tl.arange(0, N)
-    o_t = i_c * L + o_l
-    m_t = (o_t < live)[:, None]
-    o_row = (i_row * length + o_t)[:, None]
-    b_B = tl.load(B + o_row * SB + o_n[None, :], mask=m_t, other=0)
-    b_C = tl.load(C + o_row * SC + o_n[None, :], mask=m_t, other=0)
-    b_start = tl.load(start + i_rc * L + o_l)
-    m_pair = (o_t[:, None] <= o_t[None, :]) & (o_t[:, None] >= b_start[None, :])
-    b_BC = tl.where(m_pair, tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION), 0.0)
-    p_out = products + i_rc * (L * L) + o_l[:, None] * L + o_l[None, :]
-    tl.store(p_out, b_BC.to(products.dtype.element_ty))
+PAIRS_BLOCK, PAIRS_WARPS, PAIRS_STAGES = 32, 4, 2
+HALVES_WARPS, HALVES_STAGES = 4, 2
+KEYS_WARPS, KEYS_STAGES = 4, 2
 
 
 @triton.jit
-def _pairs(b_BC, b_x, b_g, b_dt, b_a, b_a_end, b_du, b_grad_BC, PRECISION: tl.constexpr):
-    """Pairs (j, i) of all j and some i: adds to du and to the gradient of B_j . C_i; sums of the
-    gradients of the pairs' decays over i, without dt_j, and over j, with it."""
+def _products(b_B, b_C, o_j, o_i, b_start, PRECISION: tl.constexpr):
+    """B_j . C_i of pairs, 0 where i does not see j."""
+    m_pair = (o_j[:, None] <= o_i[None, :]) & (o_j[:, None] >= b_start[None, :])
+    return tl.where(m_pair, tl.dot(b_B, tl.trans(b_C), input_precision=PRECISION), 0.0)
+
+
+@triton.jit
+def _pairs(b_BC, b_x, b_g, b_dt, b_a, b_a_end, b_grad_x, b_grad_BC, PRECISION: tl.constexpr):
+    """Adds to the gradients of x_j and of B_j . C_i; and the sums of the gradients of the pairs'
+    decays over i, without dt_j, and over j, with it."""
     # Where no pair is, the decay is held at 1 for infinity, and the product of 0 makes it nothing.
     b_E = tl.exp2(tl.minimum(b_a_end[None, :] - b_a[:, None], 0.0))
     b_gx = tl.dot(b_x, tl.trans(b_g), input_precision=PRECISION) * b_E
-    b_BC = b_BC.to(tl.float32)
-    b_du = tl.dot((b_BC * b_E).to(b_g.dtype), b_g, b_du, input_precision=PRECISION)
+    b_E *= b_dt[:, None]
+    b_grad_x = tl.dot((b_BC * b_E).to(b_g.dtype), b_g, b_grad_x, input_precision=PRECISION)
     b_begin = tl.sum(b_gx * b_BC, axis=1)
-    b_gu = b_gx * b_dt[:, None]
-    b_end = tl.sum(b_gu * b_BC, axis=0)
-    return b_du, b_grad_BC + b_gu, b_begin, b_end
+    b_gx *= b_dt[:, None]
+    b_end = tl.sum(b_gx * b_BC, axis=0)
+    return b_grad_x, b_grad_BC + b_gx, b_begin, b_end
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "blocks", "per_group", "batch"])
@@ -95,17 +68,18 @@ def ssd_pairs_kernel(
     grad,
     x,
     B,
+    C,
     D,
     dt,
     decay,
     start,
     cu,
-    products,
     grad_states,
     grad_x,
     grad_products,
     begin,
     end,
+    skip,
     length,
     chunks,
     blocks,
@@ -114,82 +88,110 @@ def ssd_pairs_kernel(
     SG: tl.constexpr,
     SX: tl.constexpr,
     SB: tl.constexpr,
+    SC: tl.constexpr,
     SGX: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """The gradient of x; of the products, summed over each group of heads; and of the decays of the
-    pairs within the chunk, as `_pairs` has them, in (rows * chunks, H, L)."""
+    """Pairs that begin in one half of the chunk: the gradient of x; of the products, summed over
+    each group of heads; of the decays of the pairs, as `_pairs` has them, in (rows * chunks, H, L),
+    apart for those that end in the later half; and dy . x of each position."""
     i_rc, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
     live = live_positions(cu, batch, length, PACKED)
     HALF: tl.constexpr = L // 2
-    o_l, o_half, o_p, o_n = (
-        tl.arange(0, L),
-        tl.arange(0, HALF),
-        tl.arange(0, P),
-        tl.arange(0, N),
-    )
-    o_t, o_early = i_c * L + o_l, i_c * L + o_half
-    o_late = o_early + HALF
-    m_t, m_early, m_late = (
+    dtype = x.dtype.element_ty
+    o_p, o_n, o_i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, WIDTH)
+    o_l = tl.arange(0, HALF)
+    if not EARLY:
+        o_l += HALF
+        o_i += HALF
+    o_t, o_t_i = i_c * L + o_l, i_c * L + o_i
+    m_t, m_i, m_next = (
         (o_t < live)[:, None],
-        (o_early < live)[:, None],
-        (o_late < live)[:, None],
+        (o_t_i < live)[:, None],
+        (o_t_i + WIDTH < live)[:, None],
     )
-    o_row = (i_row * length + o_t)[:, None]
-    o_row_early = (i_row * length + o_early)[:, None]
-    b_leaves = o_t >= tl.load(start + i_rc * L + L - 1)
-    b_B = tl.load(B + o_row * SB + o_n[None, :], mask=m_t, other=0)
-    p_products = products + i_rc * (L * L) + o_l[:, None] * L + o_half[None, :]
-    b_grad_early = tl.zeros([L, HALF], tl.float32)
-    b_grad_late = tl.zeros([L, HALF], tl.float32)
+    row = i_row * length + i_c * L
+    grad, x, grad_x = grad + row * SG, x + row * SX, grad_x + row * SGX
+    B, C = B + row * SB, C + row * SC
+    p_start = start + i_rc * L
+    b_leaves = o_t >= tl.load(p_start + L - 1)
+    b_B = tl.load(B + o_l[:, None] * SB + o_n[None, :], mask=m_t, other=0)
+    p_C = C + o_i[:, None] * SC + o_n[None, :]
+    b_C = tl.load(p_C, mask=m_i, other=0)
+    b_BC = _products(b_B, b_C, o_t, o_t_i, tl.load(p_start + o_i), PRECISION)
+    b_grad_BC = tl.zeros([HALF, WIDTH], tl.float32)
+    if WIDTH < HALF:
+        b_C = tl.load(p_C + WIDTH * SC, mask=m_next, other=0)
+        b_BC_next = _products(
+            b_B, b_C, o_t, o_t_i + WIDTH, tl.load(p_start + WIDTH + o_i), PRECISION
+        )
+        b_grad_next = tl.zeros([HALF, WIDTH], tl.float32)
+    if EARLY:
+        m_late = (o_t + HALF < live)[:, None]
+        b_C = tl.load(C + (o_l + HALF)[:, None] * SC + o_n[None, :], mask=m_late, other=0)
+        b_start = tl.load(p_start + HALF + o_l)
+        b_BC_late = _products(b_B, b_C, o_t, o_t + HALF, b_start, PRECISION).to(dtype)
     first = i_g * per_group
     for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=STAGES):
-        o_vector = (i_rc * H + i_h) * L
-        o_x = i_h * P + o_p[None, :]
-        b_x = tl.load(x + o_row * SX + o_x, mask=m_t, other=0)
-        p_early = grad + o_row_early * SG + o_x
-        b_g_early = tl.load(p_early, mask=m_early, other=0)
-        b_g_late = tl.load(p_early + HALF * SG, mask=m_late, other=0)
+        p_vector = (i_rc * H + i_h) * L
+        p_x, p_g = x + i_h * P + o_p[None, :], grad + i_h * P + o_p[None, :]
+        b_x = tl.load(p_x + o_l[:, None] * SX, mask=m_t, other=0)
+        b_g = tl.load(p_g + o_l[:, None] * SG, mask=m_t, other=0)
         p_G = grad_states + (i_rc * H + i_h) * (N * P) + o_n[:, None] * P + o_p[None, :]
         b_G = tl.load(p_G)
-        b_dt, b_a = tl.load(dt + o_vector + o_l), tl.load(decay + o_vector + o_l)
-        b_a_early = tl.load(decay + o_vector + o_half)
-        b_a_late = tl.load(decay + o_vector + HALF + o_half)
-        b_leave = tl.where(b_leaves, tl.exp2(tl.load(decay + o_vector + L - 1) - b_a), 0.0)
+        b_dt, b_a = tl.load(dt + p_vector + o_l), tl.load(decay + p_vector + o_l)
+        b_leave = tl.where(b_leaves, tl.exp2(tl.load(decay + p_vector + L - 1) - b_a), 0.0)
 
-        b_du = tl.dot(b_B, b_G, input_precision=PRECISION) * b_leave[:, None]
-        b_BC = tl.load(p_products)
-        b_du, b_grad_early, b_begin, b_end = _pairs(
-            b_BC, b_x, b_g_early, b_dt, b_a, b_a_early, b_du, b_grad_early, PRECISION
+        b_grad_x = tl.dot(b_B, b_G, input_precision=PRECISION) * (b_leave * b_dt)[:, None]
+        b_wide = b_g.to(tl.float32)
+        tl.store(skip + p_vector + o_l, tl.sum(b_x.to(tl.float32) * b_wide, axis=1))
+        b_grad_x += tl.load(D + i_h).to(tl.float32) * b_wide
+        b_begin = tl.zeros([HALF], tl.float32)
+        if EARLY:
+            # The decay from half to half is the product of those to and from the edge between.
+            a_edge = tl.load(decay + p_vector + HALF - 1)
+            b_after = tl.exp2(tl.load(decay + p_vector + HALF + o_l) - a_edge)
+            b_late = tl.load(p_g + (o_l + HALF)[:, None] * SG, mask=m_late, other=0)
+            b_late = (b_late.to(tl.float32) * b_after[:, None]).to(dtype)
+            b_read = tl.dot(b_BC_late, b_late, input_precision=PRECISION)
+            b_before = tl.exp2(a_edge - b_a)
+            b_begin = tl.sum(b_read * b_x.to(tl.float32), axis=1) * b_before
+            b_grad_x += b_read * (b_before * b_dt)[:, None]
+        p_g += o_i[:, None] * SG
+        b_g, b_a_i = tl.load(p_g, mask=m_i, other=0), tl.load(decay + p_vector + o_i)
+        b_grad_x, b_grad_BC, b_begin_i, b_end = _pairs(
+            b_BC, b_x, b_g, b_dt, b_a, b_a_i, b_grad_x, b_grad_BC, PRECISION
         )
-        tl.store(end + o_vector + o_half, b_end)
-        b_BC = tl.load(p_products + HALF)
-        b_du, b_grad_late, b_begin_late, b_end = _pairs(
-            b_BC, b_x, b_g_late, b_dt, b_a, b_a_late, b_du, b_grad_late, PRECISION
-        )
-        tl.store(end + o_vector + HALF + o_half, b_end)
-        tl.store(begin + o_vector + o_l, b_begin + b_begin_late)
-        b_g = tl.load(grad + o_row * SG + o_x, mask=m_t, other=0).to(tl.float32)
-        b_grad_x = b_du * b_dt[:, None] + tl.load(D + i_h).to(tl.float32) * b_g
-        p_grad_x = grad_x + o_row * SGX + o_x
+        b_begin += b_begin_i
+        tl.store(end + p_vector + o_i, b_end)
+        if WIDTH < HALF:
+            b_g = tl.load(p_g + WIDTH * SG, mask=m_next, other=0)
+            b_a_i = tl.load(decay + p_vector + WIDTH + o_i)
+            b_grad_x, b_grad_next, b_begin_i, b_end = _pairs(
+                b_BC_next, b_x, b_g, b_dt, b_a, b_a_i, b_grad_x, b_grad_next, PRECISION
+            )
+            b_begin += b_begin_i
+            tl.store(end + p_vector + WIDTH + o_i, b_end)
+        tl.store(begin + p_vector + o_l, b_begin)
+        p_grad_x = grad_x + i_h * P + o_l[:, None] * SGX + o_p[None, :]
         tl.store(p_grad_x, b_grad_x.to(grad_x.dtype.element_ty), mask=(o_t < length)[:, None])
-    p_out = grad_products + (i_g.to(tl.int64) * blocks + i_rc) * (L * L)
-    p_out += o_l[:, None] * L + o_half[None, :]
-    tl.store(p_out, b_grad_early)
-    tl.store(p_out + HALF, b_grad_late)
+    p_out = grad_products + (i_g.to(tl.int64) * blocks + i_rc) * (L * L) + o_l[:, None] * L
+    tl.store(p_out + o_i[None, :], b_grad_BC)
+    if WIDTH < HALF:
+        tl.store(p_out + WIDTH + o_i[None, :], b_grad_next)
 
 
-@triton.jit(
-    do_not_specialize=["length", "chunks", "blocks", "total", "groups", "per_group", "batch"]
-)
-def ssd_keys_kernel(
+@triton.jit(do_not_specialize=["length", "chunks", "blocks", "per_group", "batch"])
+def ssd_halves_kernel(
     grad,
     x,
     B,
@@ -198,28 +200,17 @@ def ssd_keys_kernel(
     decay,
     start,
     cu,
-    states,
-    grad_states,
     grad_products,
-    grad_B,
-    grad_C,
-    entering,
-    leaving,
-    across,
-    grad_D,
+    end_later,
     length,
     chunks,
     blocks,
-    total,
-    groups,
     per_group,
     batch,
     SG: tl.constexpr,
     SX: tl.constexpr,
     SB: tl.constexpr,
     SC: tl.constexpr,
-    SGB: tl.constexpr,
-    SGC: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -228,122 +219,203 @@ def ssd_keys_kernel(
     L: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """The gradients of B and C of half a chunk, and of the decays of pairs that enter the chunk, by
-    where they end; that leave it, by where they begin and without dt; and that do both. Of D, from
-    each half chunk, too."""
-    i_half, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i_rc, i_late = i_half // 2, (i_half % 2).to(tl.int32)
+    """Pairs from the early half to the later one: the gradient of the products, and of the decays
+    by where they end."""
+    i_rc, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
     live = live_positions(cu, batch, length, PACKED)
     HALF: tl.constexpr = L // 2
     dtype = x.dtype.element_ty
     o_l, o_p, o_n = tl.arange(0, HALF), tl.arange(0, P), tl.arange(0, N)
-    o_half = i_late * HALF + o_l
-    o_t = i_c * L + o_half
+    o_t = i_c * L + o_l
+    m_t, m_late = (o_t < live)[:, None], (o_t + HALF < live)[:, None]
+    row = i_row * length + i_c * L
+    x, B = x + row * SX, B + row * SB
+    grad, C = grad + (row + HALF) * SG, C + (row + HALF) * SC
+    b_B = tl.load(B + o_l[:, None] * SB + o_n[None, :], mask=m_t, other=0)
+    b_C = tl.load(C + o_l[:, None] * SC + o_n[None, :], mask=m_late, other=0)
+    b_start = tl.load(start + i_rc * L + HALF + o_l)
+    b_CB = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION)
+    b_CB = tl.where(o_t[None, :] >= b_start[:, None], b_CB, 0.0).to(dtype)
+    b_grad_CB = tl.zeros([HALF, HALF], tl.float32)
+    first = i_g * per_group
+    for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=STAGES):
+        p_vector = (i_rc * H + i_h) * L + o_l
+        b_x = tl.load(x + i_h * P + o_l[:, None] * SX + o_p[None, :], mask=m_t, other=0)
+        b_g = tl.load(grad + i_h * P + o_l[:, None] * SG + o_p[None, :], mask=m_late, other=0)
+        a_edge = tl.load(decay + (i_rc * H + i_h) * L + HALF - 1)
+        b_before = tl.exp2(a_edge - tl.load(decay + p_vector)) * tl.load(dt + p_vector)
+        b_after = tl.exp2(tl.load(decay + p_vector + HALF) - a_edge)
+        b_u = (b_x.to(tl.float32) * b_before[:, None]).to(dtype)
+        b_wide = b_g.to(tl.float32) * b_after[:, None]
+        b_read = tl.dot(b_CB, b_u, input_precision=PRECISION)
+        tl.store(end_later + p_vector + HALF, tl.sum(b_read * b_wide, axis=1))
+        b_grad_CB = tl.dot(b_wide.to(dtype), tl.trans(b_u), b_grad_CB, input_precision=PRECISION)
+    p_out = grad_products + (i_g.to(tl.int64) * blocks + i_rc) * (L * L)
+    tl.store(p_out + o_l[None, :] * L + HALF + o_l[:, None], b_grad_CB)
+
+
+@triton.jit(
+    do_not_specialize=["length", "chunks", "blocks", "total", "groups", "per_group", "batch"]
+)
+def ssd_keys_kernel(
+    values,
+    keys,
+    others,
+    dt,
+    decay,
+    start,
+    cu,
+    states,
+    entering,
+    grad_products,
+    grad_keys,
+    edge,
+    across,
+    length,
+    chunks,
+    blocks,
+    total,
+    groups,
+    per_group,
+    batch,
+    SV: tl.constexpr,
+    SK: tl.constexpr,
+    SO: tl.constexpr,
+    SGK: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The gradient of C in half a chunk, and of the decays of pairs that enter the chunk, by where
+    they end. BACK: the gradient of B, and of the decays of pairs that leave the chunk, by where
+    they begin and without dt; and <S, G> by rows, of which each half has half.
+
+    values, keys, others, states:   dy, C, B, S or, BACK, x, B, C, G
+    """
+    i_half, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_rc, i_late = i_half // 2, (i_half % 2).to(tl.int32)
+    i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
+    live = live_positions(cu, batch, length, PACKED)
+    HALF: tl.constexpr = L // 2
+    dtype = values.dtype.element_ty
+    o_l, o_p, o_n = i_late * HALF + tl.arange(0, HALF), tl.arange(0, P), tl.arange(0, N)
+    o_t = i_c * L + o_l
     m_t = (o_t < live)[:, None]
-    o_row = (i_row * length + o_t)[:, None]
-    start_last = tl.load(start + i_rc * L + L - 1)
-    m_enter = tl.load(start + i_rc * L + o_half) < i_c * L
-    m_leave, m_across = o_t >= start_last, start_last < i_c * L
-    b_B = tl.load(B + o_row * SB + o_n[None, :], mask=m_t, other=0)
-    b_C = tl.load(C + o_row * SC + o_n[None, :], mask=m_t, other=0)
-    b_grad_B = tl.zeros([HALF, N], tl.float32)
-    b_grad_C = tl.zeros([HALF, N], tl.float32)
-    o_state = o_n[:, None] * P + o_p[None, :]
+    row = i_row * length + i_c * L
+    values, keys, others = values + row * SV, keys + row * SK, others + row * SO
+    if BACK:
+        m_edge = o_t >= tl.load(start + i_rc * L + L - 1)
+    else:
+        m_edge = tl.load(start + i_rc * L + o_l) < i_c * L
+    b_grad = tl.zeros([HALF, N], tl.float32)
+    # The pairs within the chunk, from all groups of heads, go to the first group.
+    if i_g == 0:
+        if BACK:
+            begin, end = i_late, 2
+        else:
+            begin, end = 0, i_late + 1
+        for i_other in range(begin, end):
+            o_other = i_other * HALF + tl.arange(0, HALF)
+            o_t_other = i_c * L + o_other
+            if BACK:
+                o_pair = o_l[:, None] * L + o_other[None, :]
+                b_start = tl.load(start + i_rc * L + o_other)[None, :]
+                m_pair = (o_t[:, None] <= o_t_other[None, :]) & (o_t[:, None] >= b_start)
+            else:
+                o_pair = o_l[:, None] + o_other[None, :] * L
+                b_start = tl.load(start + i_rc * L + o_l)[:, None]
+                m_pair = (o_t_other[None, :] <= o_t[:, None]) & (o_t_other[None, :] >= b_start)
+            b_pair = tl.zeros([HALF, HALF], tl.float32)
+            for i in range(0, groups):
+                p_pair = grad_products + (i_rc + i * blocks) * (L * L) + o_pair
+                b_pair += tl.load(p_pair, mask=m_pair, other=0)
+            p_other = others + o_other[:, None] * SO + o_n[None, :]
+            b_other = tl.load(p_other, mask=(o_t_other < live)[:, None], other=0)
+            b_grad = tl.dot(b_pair.to(dtype), b_other, b_grad, input_precision=PRECISION)
+    b_k = tl.load(keys + o_l[:, None] * SK + o_n[None, :], mask=m_t, other=0)
+    o_part = i_late * (N // 2) + tl.arange(0, N // 2)
     first = i_g * per_group
     for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=STAGES):
         i_rch = i_rc * H + i_h
-        o_x = i_h * P + o_p[None, :]
-        b_g = tl.load(grad + o_row * SG + o_x, mask=m_t, other=0)
-        b_x = tl.load(x + o_row * SX + o_x, mask=m_t, other=0)
-        b_S = tl.load(states + i_rch * (N * P) + o_state)
-        b_G = tl.load(grad_states + i_rch * (N * P) + o_state)
-        b_dt, b_a = tl.load(dt + i_rch * L + o_half), tl.load(decay + i_rch * L + o_half)
-        a_last = tl.load(decay + i_rch * L + L - 1)
-        b_enter = tl.where(m_enter, tl.exp2(b_a), 0.0)
-        b_leave = tl.where(m_leave, tl.exp2(a_last - b_a), 0.0)
+        p_v = values + i_h * P + o_l[:, None] * SV + o_p[None, :]
+        b_v = tl.load(p_v, mask=m_t, other=0)
+        p_S = states + i_rch * (N * P)
+        b_S = tl.load(p_S + o_n[:, None] * P + o_p[None, :])
+        b_a = tl.load(decay + i_rch * L + o_l)
+        if BACK:
+            b_w = tl.where(m_edge, tl.exp2(tl.load(decay + i_rch * L + L - 1) - b_a), 0.0)
+        else:
+            b_w = tl.where(m_edge, tl.exp2(b_a), 0.0)
+        b_read = tl.dot(b_k, b_S, input_precision=PRECISION)
+        b_edge = tl.sum(b_read * b_v.to(tl.float32), axis=1) * b_w
+        tl.store(edge + i_rch * L + o_l, b_edge)
+        if BACK:
+            b_w *= tl.load(dt + i_rch * L + o_l)
+            o_both = o_part[:, None] * P + o_p[None, :]
+            b_G = tl.load(p_S + o_both).to(tl.float32)
+            b_both = tl.load(entering + i_rch * (N * P) + o_both).to(tl.float32)
+            b_both = tl.sum(b_both * b_G, axis=1)
+            tl.store(across + i_rch * N + o_part, b_both)
+        b_v = (b_v.to(tl.float32) * b_w[:, None]).to(dtype)
+        b_grad = tl.dot(b_v, tl.trans(b_S), b_grad, input_precision=PRECISION)
 
-        b_part = tl.dot(b_g, tl.trans(b_S), input_precision=PRECISION)
-        b_grad_C += b_part * b_enter[:, None]
-        b_dot = tl.sum(b_part * b_C.to(tl.float32), axis=1)
-        tl.store(entering + i_rch * L + o_half, b_enter * b_dot)
-        b_part = tl.dot(b_x, tl.trans(b_G), input_precision=PRECISION)
-        b_grad_B += b_part * (b_leave * b_dt)[:, None]
-        b_dot = tl.sum(b_part * b_B.to(tl.float32), axis=1)
-        tl.store(leaving + i_rch * L + o_half, b_leave * b_dot)
-
-        b_both = tl.sum(tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32), axis=1), axis=0)
-        b_both = tl.where(m_across, tl.exp2(a_last) * b_both, 0.0)
-        tl.store(across + i_rch, b_both, mask=i_late == 0)
-        b_skip = tl.sum(tl.sum(b_x.to(tl.float32) * b_g.to(tl.float32), axis=1), axis=0)
-        tl.store(grad_D + i_half * H + i_h, b_skip)
-
-    # The pairs of this half, from all groups of heads, go to the first group.
-    if i_g == 0:
-        o_all = tl.arange(0, L)
-        m_all = (i_c * L + o_all < live)[:, None]
-        o_row_all = (i_row * length + i_c * L + o_all)[:, None]
-        o_by_i, o_by_j = o_half[:, None] + o_all[None, :] * L, o_half[:, None] * L + o_all[None, :]
-        b_by_i = tl.zeros([HALF, L], tl.float32)
-        b_by_j = tl.zeros([HALF, L], tl.float32)
-        for i in range(0, groups):
-            p_products = grad_products + (i_rc + i * blocks) * (L * L)
-            b_by_i += tl.load(p_products + o_by_i)
-            b_by_j += tl.load(p_products + o_by_j)
-        o_t_all = i_c * L + o_all
-        b_start = tl.load(start + i_rc * L + o_half)
-        m_pair = (o_t_all[None, :] <= o_t[:, None]) & (o_t_all[None, :] >= b_start[:, None])
-        b_by_i = tl.where(m_pair, b_by_i, 0.0).to(dtype)
-        b_start_all = tl.load(start + i_rc * L + o_all)
-        m_pair = (o_t[:, None] <= o_t_all[None, :]) & (o_t[:, None] >= b_start_all[None, :])
-        b_by_j = tl.where(m_pair, b_by_j, 0.0).to(dtype)
-        b_all = tl.load(B + o_row_all * SB + o_n[None, :], mask=m_all, other=0)
-        b_grad_C = tl.dot(b_by_i, b_all, b_grad_C, input_precision=PRECISION)
-        b_all = tl.load(C + o_row_all * SC + o_n[None, :], mask=m_all, other=0)
-        b_grad_B = tl.dot(b_by_j, b_all, b_grad_B, input_precision=PRECISION)
     # Each group of heads has a buffer of its own.
-    o_row += i_g.to(tl.int64) * total
-    m_row = (o_t < length)[:, None]
-    p_grad_B, p_grad_C = grad_B + o_row * SGB + o_n[None, :], grad_C + o_row * SGC + o_n[None, :]
-    tl.store(p_grad_B, b_grad_B.to(grad_B.dtype.element_ty), mask=m_row)
-    tl.store(p_grad_C, b_grad_C.to(grad_C.dtype.element_ty), mask=m_row)
+    row += i_g.to(tl.int64) * total
+    p_grad = grad_keys + row * SGK + o_l[:, None] * SGK + o_n[None, :]
+    tl.store(p_grad, b_grad.to(grad_keys.dtype.element_ty), mask=(o_t < length)[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
 def ssd_decay_kernel(
     dt,
+    decay,
     A,
     start,
     begin,
     end,
+    skip,
+    end_later,
     entering,
     leaving,
     across,
     grad_dt,
     grad_A,
+    grad_D,
     length,
     chunks,
     STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
+    N: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Gradients of dt, and of A from each chunk, (rows * chunks, H)."""
+    """Gradients of dt, and of A and D from each chunk, (rows * chunks, H)."""
     i_rc, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
-    o_l, o_h = tl.arange(0, L), i_h * HEADS + tl.arange(0, HEADS)
+    o_l, o_n, o_h = tl.arange(0, L), tl.arange(0, N), i_h * HEADS + tl.arange(0, HEADS)
     o_t, m_h = i_c * L + o_l, o_h < H
     b_start = tl.load(start + i_rc * L + o_l)
     o = (i_rc * H + o_h)[None, :] * L + o_l[:, None]
     m = m_h[None, :] & (o_l >= 0)[:, None]
     b_dt, b_begin = tl.load(dt + o, mask=m, other=0), tl.load(begin + o, mask=m, other=0)
     b_end = tl.load(end + o, mask=m, other=0) + tl.load(entering + o, mask=m, other=0)
+    b_end += tl.load(end_later + o, mask=m & (o_l >= L // 2)[:, None], other=0)
     b_leaving = tl.load(leaving + o, mask=m, other=0)
-    b_across = tl.load(across + i_rc * H + o_h, mask=m_h, other=0)
+    o_state = (i_rc * H + o_h)[None, :] * N + o_n[:, None]
+    b_across = tl.load(across + o_state, mask=m_h[None, :] & (o_n >= 0)[:, None], other=0)
+    m_across = m_h & (tl.load(start + i_rc * L + L - 1) < i_c * L)
+    a_last = tl.load(decay + (i_rc * H + o_h) * L + L - 1, mask=m_h, other=0)
+    b_both = tl.where(m_across, tl.exp2(a_last) * tl.sum(b_across, axis=0), 0.0)
     # What ends at or behind a position but does not begin there, and what leaves from before it.
     b_left = b_dt * b_leaving
     b_log = tl.cumsum(b_end - b_dt * b_begin, axis=0, reverse=True)
-    b_log += tl.cumsum(b_left, axis=0) - b_left + b_across[None, :]
+    b_log += tl.cumsum(b_left, axis=0) - b_left + b_both[None, :]
     # Nothing passes the decay of the first position of a sequence.
     b_log = tl.where((b_start < o_t)[:, None], b_log, 0.0)
     b_A = tl.load(A + o_h, mask=m_h, other=0).to(tl.float32)
@@ -351,6 +423,8 @@ def ssd_decay_kernel(
     p_grad = grad_dt + (i_row * length + o_t)[:, None] * STRIDE + o_h[None, :]
     tl.store(p_grad, b_grad.to(grad_dt.dtype.element_ty), mask=m & (o_t < length)[:, None])
     tl.store(grad_A + i_rc * H + o_h, tl.sum(b_dt * b_log, axis=0), mask=m_h)
+    b_skip = tl.sum(tl.load(skip + o, mask=m, other=0), axis=0)
+    tl.store(grad_D + i_rc * H + o_h, b_skip, mask=m_h)
 
 
 def ssd_bwd(
@@ -375,9 +449,7 @@ def ssd_bwd(
     Shapes and strides as of `ssd_fwd`, the gradients' too: each of its own stride between
     positions. `entering` is what `ssd_fwd` returned beside y; None computes it again.
     """
-    size, pairs_stages = fitting(x.dtype, CHUNK, PAIRS_STAGES)
-    _, keys_stages = fitting(x.dtype, CHUNK, KEYS_STAGES)
-    divided = divide(dt, A, cu, rows, size)
+    divided = divide(dt, A, cu, rows, fitting(x.dtype, CHUNK, 1)[0])
     span = ssd_forward.span_of(divided)
     if entering is None:
         entering = segment_states(x, B, divided, span, back=False)
@@ -387,119 +459,187 @@ def ssd_bwd(
     grad_states = chunk_states(grad, C, divided, span, behind, back=True)
     del behind
 
-    heads, blocks = divided.heads, rows * divided.chunks
+    blocks, heads, L = divided.dt.shape
     per_group = triton.cdiv(heads, max(1, min(PROGRAMS // blocks, heads)))
     groups = triton.cdiv(heads, per_group)
-    begin, end, enter, leave = torch.empty(
-        4, blocks, heads, size, dtype=torch.float32, device=x.device
-    )
-    across, part_A = begin.new_empty(2, blocks, heads)
-    inputs = {"grad": grad, "x": x, "B": B}
-    where = {"length": divided.length, "chunks": divided.chunks, "blocks": blocks}
-    heads_of = {"per_group": per_group, "batch": divided.batch}
-    strides = {"SG": grad.stride(0), "SX": x.stride(0), "SB": B.stride(0)}
-    sizes = {"P": x.shape[2], "N": B.shape[1], "PRECISION": precision(x.dtype)}
-    grad_products = begin.new_empty(groups, blocks, size, size)
+    vectors = torch.empty(6, blocks, heads, L, dtype=torch.float32, device=x.device)
+    begin, end, end_later, skip, entered, left = vectors
+    across = vectors.new_empty(blocks, heads, B.shape[1])
+    grad_products = vectors.new_empty(groups, blocks, L, L)
+    shares = {"per_group": per_group, "blocks": blocks, "groups": groups}
+    pairs = {"begin": begin, "end": end, "skip": skip}
+    inputs = {"grad": grad, "x": x, "B": B, "C": C}
+    for early in (True, False):
+        _pairs_of_half(inputs, D, divided, grad_states, grad_x, grad_products, pairs, shares, early)
+    _halves(inputs, divided, grad_products, end_later, shares)
+    for back in (False, True):
+        _keys(
+            *(
+                (x, B, C, grad_states, grad_B, left)
+                if back
+                else (grad, C, B, states, grad_C, entered)
+            ),
+            divided,
+            states,
+            grad_products,
+            across,
+            shares,
+            back,
+        )
+    parts = vectors.new_empty(2, blocks, heads)
+    crossing = {"entering": entered, "leaving": left, "across": across}
+    _decays(divided, A, {**pairs, "end_later": end_later, **crossing}, grad_dt, parts, B.shape[1])
+    grad_A, grad_D = parts.sum(1)
+    return grad_A, grad_D
+
+
+def _pairs_of_half(
+    inputs: dict[str, Tensor],
+    D: Tensor,
+    divided: Chunks,
+    grad_states: Tensor,
+    grad_x: Tensor,
+    grad_products: Tensor,
+    vectors: dict[str, Any],
+    shares: dict[str, int],
+    early: bool,
+) -> None:
+    x, B = inputs["x"], inputs["B"]
     launch(
         ssd_pairs_kernel,
-        (blocks, groups),
+        (shares["blocks"], shares["groups"]),
         {
             **inputs,
             "D": D,
             **divided.tensors,
-            "products": _products(B, C, divided),
             "grad_states": grad_states,
             "grad_x": grad_x,
             "grad_products": grad_products,
-            "begin": begin,
-            "end": end,
-            **where,
-            **heads_of,
+            **vectors,
+            "length": divided.length,
+            "chunks": divided.chunks,
+            "blocks": shares["blocks"],
+            "per_group": shares["per_group"],
+            "batch": divided.batch,
         },
         {
-            **strides,
+            **_strides(inputs),
             "SGX": grad_x.stride(0),
-            **sizes,
-            "STAGES": pairs_stages,
+            "P": x.shape[2],
+            "N": B.shape[1],
+            "WIDTH": min(PAIRS_BLOCK, divided.size // 2),
+            "EARLY": early,
+            "PRECISION": precision(x.dtype),
+            "STAGES": fitting(x.dtype, CHUNK, PAIRS_STAGES)[1],
             **divided.constants,
         },
         num_warps=PAIRS_WARPS,
     )
-    to_B, to_C = grad_B, grad_C
-    if groups > 1:
-        to_B, to_C = begin.new_empty(2, groups, *B.shape)
-    part_D = begin.new_empty(2 * blocks, heads)
+
+
+def _strides(inputs: dict[str, Tensor]) -> dict[str, int]:
+    names = {"grad": "SG", "x": "SX", "B": "SB", "C": "SC"}
+    return {names[name]: tensor.stride(0) for name, tensor in inputs.items()}
+
+
+def _halves(
+    inputs: dict[str, Tensor],
+    divided: Chunks,
+    grad_products: Tensor,
+    end_later: Tensor,
+    shares: dict[str, int],
+) -> None:
+    x, B = inputs["x"], inputs["B"]
     launch(
-        ssd_keys_kernel,
-        (2 * blocks, groups),
+        ssd_halves_kernel,
+        (shares["blocks"], shares["groups"]),
         {
             **inputs,
-            "C": C,
             **divided.tensors,
-            "states": states,
-            "grad_states": grad_states,
             "grad_products": grad_products,
-            "grad_B": to_B,
-            "grad_C": to_C,
-            "entering": enter,
-            "leaving": leave,
-            "across": across,
-            "grad_D": part_D,
-            **where,
-            "total": x.shape[0],
-            "groups": groups,
-            **heads_of,
+            "end_later": end_later,
+            "length": divided.length,
+            "chunks": divided.chunks,
+            "blocks": shares["blocks"],
+            "per_group": shares["per_group"],
+            "batch": divided.batch,
         },
         {
-            **strides,
-            "SC": C.stride(0),
-            "SGB": to_B.stride(-2),
-            "SGC": to_C.stride(-2),
-            **sizes,
-            "STAGES": keys_stages,
+            **_strides(inputs),
+            "P": x.shape[2],
+            "N": B.shape[1],
+            "PRECISION": precision(x.dtype),
+            "STAGES": fitting(x.dtype, CHUNK, HALVES_STAGES)[1],
+            **divided.constants,
+        },
+        num_warps=HALVES_WARPS,
+    )
+
+
+def _keys(
+    values: Tensor,
+    keys: Tensor,
+    others: Tensor,
+    states: Tensor,
+    grad_keys: Tensor,
+    edge: Tensor,
+    divided: Chunks,
+    entering: Tensor,
+    grad_products: Tensor,
+    across: Tensor,
+    shares: dict[str, int],
+    back: bool,
+) -> None:
+    to = grad_keys
+    if shares["groups"] > 1:
+        to = across.new_empty(shares["groups"], *keys.shape)
+    launch(
+        ssd_keys_kernel,
+        (2 * shares["blocks"], shares["groups"]),
+        {
+            "values": values,
+            "keys": keys,
+            "others": others,
+            **divided.tensors,
+            "states": states,
+            "entering": entering,
+            "grad_products": grad_products,
+            "grad_keys": to,
+            "edge": edge,
+            "across": across,
+            "length": divided.length,
+            "chunks": divided.chunks,
+            "blocks": shares["blocks"],
+            "total": keys.shape[0],
+            "groups": shares["groups"],
+            "per_group": shares["per_group"],
+            "batch": divided.batch,
+        },
+        {
+            "SV": values.stride(0),
+            "SK": keys.stride(0),
+            "SO": others.stride(0),
+            "SGK": to.stride(-2),
+            "P": values.shape[2],
+            "N": keys.shape[1],
+            "BACK": back,
+            "PRECISION": precision(values.dtype),
+            "STAGES": fitting(values.dtype, CHUNK, KEYS_STAGES)[1],
             **divided.constants,
         },
         num_warps=KEYS_WARPS,
     )
-    if groups > 1:
-        grad_B.copy_(to_B.sum(0))
-        grad_C.copy_(to_C.sum(0))
-    vectors = {"begin": begin, "end": end, "entering": enter, "leaving": leave, "across": across}
-    _decays(divided, A, vectors, grad_dt, part_A)
-    return part_A.sum(0), part_D.sum(0)
-
-
-def _products(B: Tensor, C: Tensor, divided: Chunks) -> Tensor:
-    """(rows * chunks, L, L), in the dtype of B."""
-    blocks, L = divided.start.shape
-    products = B.new_empty(blocks, L, L)
-    launch(
-        ssd_products_kernel,
-        blocks,
-        {
-            "B": B,
-            "C": C,
-            "start": divided.start,
-            "cu": divided.tensors["cu"],
-            "products": products,
-            "length": divided.length,
-            "chunks": divided.chunks,
-            "batch": divided.batch,
-        },
-        {
-            "SB": B.stride(0),
-            "SC": C.stride(0),
-            "N": B.shape[1],
-            "PRECISION": precision(B.dtype),
-            **divided.constants,
-        },
-        num_warps=8,
-    )
-    return products
+    if to is not grad_keys:
+        grad_keys.copy_(to.sum(0))
 
 
 def _decays(
-    divided: Chunks, A: Tensor, vectors: dict[str, Any], grad_dt: Tensor, part_A: Tensor
+    divided: Chunks,
+    A: Tensor,
+    vectors: dict[str, Any],
+    grad_dt: Tensor,
+    parts: Tensor,
+    d_state: int,
 ) -> None:
     heads = divided.heads
     block = min(16, power_of_2(heads))
@@ -508,14 +648,22 @@ def _decays(
         (divided.start.shape[0], triton.cdiv(heads, block)),
         {
             "dt": divided.dt,
+            "decay": divided.decay,
             "A": A,
             "start": divided.start,
             **vectors,
             "grad_dt": grad_dt,
-            "grad_A": part_A,
+            "grad_A": parts[0],
+            "grad_D": parts[1],
             "length": divided.length,
             "chunks": divided.chunks,
         },
-        {"STRIDE": grad_dt.stride(0), "HEADS": block, "H": heads, "L": divided.size},
+        {
+            "STRIDE": grad_dt.stride(0),
+            "HEADS": block,
+            "N": d_state,
+            "H": heads,
+            "L": divided.size,
+        },
         num_warps=4,
     )

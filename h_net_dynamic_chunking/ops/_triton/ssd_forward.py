@@ -65,10 +65,11 @@ def ssd_forward_kernel(
         i_rc = i_row * chunks + i_c
         o_t = i_c * L + o_l
         m_t = (o_t < live)[:, None]
-        o_row = (i_row * length + o_t)[:, None]
-        b_x = tl.load(x + o_row * SX + i_h * P + o_p[None, :], mask=m_t, other=0)
-        b_B = tl.load(B + o_row * SB + o_n[None, :], mask=m_t, other=0)
-        b_C = tl.load(C + o_row * SC + o_n[None, :], mask=m_t, other=0)
+        row = i_row * length + i_c * L
+        p_x, p_B, p_C = x + row * SX + i_h * P, B + row * SB, C + row * SC
+        b_x = tl.load(p_x + o_l[:, None] * SX + o_p[None, :], mask=m_t, other=0)
+        b_B = tl.load(p_B + o_l[:, None] * SB + o_n[None, :], mask=m_t, other=0)
+        b_C = tl.load(p_C + o_l[:, None] * SC + o_n[None, :], mask=m_t, other=0)
         p_vector = (i_rc * H + i_h) * L
         b_dt, b_a = tl.load(dt + p_vector + o_l), tl.load(decay + p_vector + o_l)
         a_last = tl.load(decay + p_vector + L - 1)
@@ -78,13 +79,14 @@ def ssd_forward_kernel(
         # Every position reads the state that its chunk was entered with, if it is its sequence's,
         b_enter = tl.where(b_start < i_c * L, tl.exp2(b_a), 0.0)
         b_y = tl.dot(b_C, b_state.to(dtype), input_precision=PRECISION) * b_enter[:, None]
+        b_y += b_D * b_x.to(tl.float32)
         # and position j <= i of its sequence.
         m_pair = (o_t[None, :] <= o_t[:, None]) & (o_t[None, :] >= b_start[:, None])
         b_w = tl.dot(b_C, tl.trans(b_B), input_precision=PRECISION) * at_or_before(b_a)
         b_w = tl.where(m_pair, b_w * b_dt[None, :], 0.0)
         b_y = tl.dot(b_w.to(dtype), b_x, b_y, input_precision=PRECISION)
-        b_y += b_D * b_x.to(tl.float32)
-        p_y = y + o_row * (H * P) + i_h * P + o_p[None, :]
+        p_y = y + row * (H * P) + i_h * P
+        p_y += o_l[:, None] * (H * P) + o_p[None, :]
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_t < length)[:, None])
 
         gate = tl.where(start_last < i_c * L, tl.exp2(a_last), 0.0)

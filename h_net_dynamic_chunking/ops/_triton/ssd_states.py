@@ -74,9 +74,10 @@ def ssd_states_kernel(
         i_rc = i_row * chunks + i_c
         o_t = i_c * L + o_l
         m_t = (o_t < live)[:, None]
-        o_row = (i_row * length + o_t)[:, None]
-        b_v = tl.load(values + o_row * SV + i_h * P + o_p[None, :], mask=m_t, other=0)
-        b_k = tl.load(keys + o_row * SK + o_n[None, :], mask=m_t, other=0)
+        row = i_row * length + i_c * L
+        p_v, p_k = values + row * SV + i_h * P, keys + row * SK
+        b_v = tl.load(p_v + o_l[:, None] * SV + o_p[None, :], mask=m_t, other=0)
+        b_k = tl.load(p_k + o_l[:, None] * SK + o_n[None, :], mask=m_t, other=0)
         p_decay = decay + (i_rc * H + i_h) * L
         b_a, a_last = tl.load(p_decay + o_l), tl.load(p_decay + L - 1)
         start_last = tl.load(start + i_rc * L + L - 1)
