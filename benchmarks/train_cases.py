@@ -111,7 +111,7 @@ class Cost:
 OUT_OF_MEMORY = Cost(math.inf)
 
 
-def measure(function: Callable[[], object], seconds: float = 2.0, warm_up: int = 2) -> Cost:
+def measure(function: Callable[[], object], seconds: float = 1.0, warm_up: int = 2) -> Cost:
     """Median over as many calls as fit the time, at least 3; `OUT_OF_MEMORY` if it does not fit."""
     try:
         for _ in range(warm_up):

@@ -362,25 +362,19 @@ def test_activation_checkpointing_keeps_the_backend() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo asks each tensor
 def test_compiled_layers_serve_all_lengths() -> None:
-    """What is compiled at the first length is shared by the layers, and by the other lengths."""
-    model, plain = make("T5"), make("T5")
+    """Names stay; what is compiled at the first lengths serves all layers and other lengths."""
+    model, plain = make("T3", "T3"), make("T3", "T3")
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounter()
     model.compile_layers(backend=counter)
     assert model.state_dict().keys() == plain.state_dict().keys()
     counts = []
     for length in (20, 33, 64):
         ids = random_ids(2, length)
-        losses = [m(ids, ids).loss for m in (model, plain)]
-        gradients = [
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(m.parameters()))])
-            for m, loss in zip((model, plain), losses, strict=True)
-        ]
-        assert_close("loss", *losses)
-        assert_close("gradients", *gradients)
+        assert_close("loss", *(m(ids, ids).loss for m in (model, plain)))
         counts.append(counter.frame_count)
-    # Once for the first layer and once for the others, and torch may begin anew to trace floats.
-    assert 0 < counts[0] == counts[1] == counts[2] <= 4
+    # For each width the first layer and the others, and torch may begin anew to trace floats.
+    assert 0 < counts[0] == counts[1] == counts[2] <= 8
 
 
 @pytest.mark.parametrize("max_chunks", [[3], [3, 4, 5], [3, 0], [3, 4.0]])
