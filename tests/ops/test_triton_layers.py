@@ -29,7 +29,7 @@ def test_add_rms_norm_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer programs than rows, and tiles of several rows."""
     from h_net_dynamic_chunking.ops._triton import rms_norm
 
-    monkeypatch.setattr(rms_norm, "_PROGRAMS", 3)
+    monkeypatch.setattr(rms_norm, "_WARPS", 3)
     for rows in (1, 2):
         monkeypatch.setattr(rms_norm, "_FORWARD", (rows, 8))
         monkeypatch.setattr(rms_norm, "_BACKWARD", (rows, 8))
@@ -66,8 +66,13 @@ def test_add_rms_norm_of_two_dtypes() -> None:
 
 
 @pytest.mark.parametrize(("total", "width"), [(1, 1), (5, 24), (2, 1500)])
-def test_swiglu(total: int, width: int) -> None:
-    assert_kernels_agree(swiglu, randn(total, 2 * width))
+def test_swiglu(total: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one stretch, and in several of which the last is not full."""
+    from h_net_dynamic_chunking.ops._triton import swiglu as kernels
+
+    for block in (kernels._BLOCK, 8):
+        monkeypatch.setattr(kernels, "_BLOCK", block)
+        assert_kernels_agree(swiglu, randn(total, 2 * width))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
 
-_BLOCK = 1024
-_WARPS = 4
+_BLOCK = 4096  # at most; of 13120 x 4096 numbers it takes 97% of what 1024 does, both ways (H200)
+_NUMBERS = 16  # of a thread
 
 
 @triton.jit
@@ -41,13 +41,14 @@ def swiglu_bwd_kernel(grad, x, grad_x, W: tl.constexpr, BLOCK: tl.constexpr):
 def swiglu_fwd(x: Tensor) -> Tensor:
     """(..., 2 * width) -> (..., width)."""
     width, x = x.shape[-1] // 2, x.contiguous()
+    block = min(_BLOCK, power_of_2(width))
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     launch(
         swiglu_fwd_kernel,
-        (x.numel() // (2 * width), triton.cdiv(width, _BLOCK)),
+        (x.numel() // (2 * width), triton.cdiv(width, block)),
         {"x": x, "out": out},
-        {"W": width, "BLOCK": _BLOCK},
-        num_warps=_WARPS,
+        {"W": width, "BLOCK": block},
+        num_warps=max(1, block // (32 * _NUMBERS)),
     )
     return out
 
@@ -55,12 +56,13 @@ def swiglu_fwd(x: Tensor) -> Tensor:
 def swiglu_bwd(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of both halves, in one tensor like x."""
     width, x = x.shape[-1] // 2, x.contiguous()
+    block = min(_BLOCK, power_of_2(width))
     grad_x = torch.empty_like(x)
     launch(
         swiglu_bwd_kernel,
-        (x.numel() // (2 * width), triton.cdiv(width, _BLOCK)),
+        (x.numel() // (2 * width), triton.cdiv(width, block)),
         {"grad": grad.contiguous(), "x": x, "grad_x": grad_x},
-        {"W": width, "BLOCK": _BLOCK},
-        num_warps=_WARPS,
+        {"W": width, "BLOCK": block},
+        num_warps=max(1, block // (32 * _NUMBERS)),
     )
     return grad_x
