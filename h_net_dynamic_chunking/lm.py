@@ -22,6 +22,7 @@ from h_net_dynamic_chunking.files import whole
 from h_net_dynamic_chunking.flops import flops_per_byte
 from h_net_dynamic_chunking.h_net import HNet
 from h_net_dynamic_chunking.layers import Isotropic, parse_layout
+from h_net_dynamic_chunking.layers.embedding import Embedding
 from h_net_dynamic_chunking.layout import Layout, layout_of
 from h_net_dynamic_chunking.lm_inference import InferenceCache, LMInference, check_ids
 from h_net_dynamic_chunking.lm_input import checked_labels, checked_lens
@@ -78,7 +79,7 @@ class HNetLM(LMInference):
         if smoothing_clamp is not None:
             config = replace(config, smoothing_clamp=smoothing_clamp)
         self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
+        self.embeddings = Embedding(config.vocab_size, config.d_model[0])
         self.backbone = _build(config, 0)
         self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
         if config.tie_embeddings:

@@ -1,11 +1,14 @@
 """The operations of the layers on torch: against their oracles, tails, gradcheck, compilation."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops import reference_layers as reference
 from h_net_dynamic_chunking.ops.cross_entropy import IGNORED, summed_cross_entropy
+from h_net_dynamic_chunking.ops.embedding import embedding, one_hot_product
 from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
 from h_net_dynamic_chunking.ops.rotary import rotary
 from h_net_dynamic_chunking.ops.swiglu import swiglu
@@ -14,6 +17,7 @@ from tests.support import (
     RAGGED,
     assert_close,
     assert_same_function,
+    assert_within_low_precision_budget,
     compiled,
     cumulative,
     generator,
@@ -139,6 +143,35 @@ def test_cross_entropy(shape: tuple[int, int], device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 4)])
+def test_embedding(shape: tuple[int, ...], device: str) -> None:
+    """Rows that nobody takes, and rows that are taken more than once."""
+    ids = torch.randint(6, shape, generator=generator()).to(device)
+    assert_same_function(
+        lambda w: embedding(w, ids), lambda w: w[ids], [randn(9, DIM, device=device)]
+    )
+    grad = randn(ids.numel(), DIM, seed=1, device=device).detach()
+    want = torch.zeros(9, DIM, dtype=grad.dtype, device=device).index_add(0, ids.flatten(), grad)
+    assert_close("product", one_hot_product(grad, ids.flatten(), 9), want)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_embedding_in_half_precision_repeats() -> None:
+    """Every bit of the gradient, and as near to float64 as torch's own."""
+    ids, grad = torch.randint(256, (5000,)).cuda(), torch.randn(5000, 256).cuda()
+    weight = torch.zeros(256, 256, device="cuda", requires_grad=True)
+
+    def gradient(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.autograd.grad(function(weight.to(dtype), ids), weight, grad.to(dtype))[0]
+
+    first, second = (gradient(embedding, torch.bfloat16) for _ in range(2))
+    assert torch.equal(first, second)
+    plain = gradient(lambda w, i: w[i], torch.bfloat16)
+    exact = gradient(lambda w, i: w.double()[i], torch.bfloat16)
+    assert_within_low_precision_budget(first, plain, exact)
+
+
 def test_gradcheck_and_opcheck() -> None:
     cu_seqlens, labels, ops = cumulative([2, 0, 1]), some_labels(4, 5), torch.ops.h_net
     h, update, logits, w = randn(4, DIM), randn(4, DIM, seed=1), randn(4, 5, seed=2), weight()
@@ -157,6 +190,8 @@ def test_gradcheck_and_opcheck() -> None:
         (ops.add_rms_norm, (h, update, w, 1e-5, cu_seqlens)),
         (ops.add_rms_norm, (h, None, w, 1e-5, None)),
         (ops.add_rms_norm_backward, (grad, grad, h.detach(), w.detach(), 1e-5, None, *dtypes)),
+        (ops.embedding, (h, labels.clamp(0, 3))),
+        (ops.embedding_backward, (grad, labels.clamp(0, 3), 5)),
         (ops.swiglu, (x,)),
         (ops.swiglu_backward, (x.detach()[:, :3], x.detach())),
         (ops.rotary, (qkv, 2, 2, 10.0, cu_seqlens)),

@@ -18,6 +18,7 @@ from h_net_dynamic_chunking.ops import (
     use_backend,
 )
 from h_net_dynamic_chunking.ops.cross_entropy import summed_cross_entropy
+from h_net_dynamic_chunking.ops.embedding import embedding
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
 from h_net_dynamic_chunking.ops.rotary import rotary
@@ -35,6 +36,7 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dechunk": lambda x, p: dechunk(SEGMENTATION.select(x), p, SEGMENTATION),
     "ratio_loss": lambda x, p: pooled_ratio_loss(MASK, p, CU_SEQLENS, 6.0) * x.sum(),
     "add_rms_norm": lambda x, p: add_rms_norm(x, x.sin(), x[0])[1] * p[:, None],
+    "embedding": lambda x, p: embedding(x, MASK.long()) * p[:, None],
     "swiglu": lambda x, p: swiglu(x) * p[:, None],
     "rotary": lambda x, p: rotary(x.repeat(1, 3), 1, 4, 1e4, CU_SEQLENS)[0] * p.sum(),
     "cross_entropy": lambda x, p: summed_cross_entropy(x, MASK.long()) * p.sum(),
