@@ -6,6 +6,7 @@ Three forms come in at the door: padded `(batch, length, ...)` with or without `
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Layout:
     """Whether the caller's tensors are nested."""
     has_tail: bool = False
     """Whether packed tensors may have rows that belong to no sequence."""
+    max_seqlen: int | None = None
+    """Length of the longest sequence, or more, where the host knows it without a read."""
 
     @property
     def batch(self) -> int:
@@ -86,7 +89,8 @@ def layout_of(
 ) -> Layout:
     """The layout of `tokens`, checked.
 
-    `static` keeps room for every pad, so that no shape depends on the lengths.
+    `static` keeps room for every pad, so that no shape depends on the lengths, and leaves no length
+    to be read later.
 
     Raises:
         ValueError: both lens and cu_seqlens, or either of the wrong shape, dtype or (where that
@@ -99,7 +103,7 @@ def layout_of(
     if lens is not None and cu_seqlens is not None:
         raise ValueError("lens and cu_seqlens exclude each other: pass one")
     if cu_seqlens is not None:
-        return _packed_layout(tokens, _integers("cu_seqlens", cu_seqlens))
+        return _packed_layout(tokens, _integers("cu_seqlens", cu_seqlens), static)
     if tokens.ndim != 3:
         raise ValueError(
             "tokens must have shape (batch, length, dim), or (total, dim) together with "
@@ -119,7 +123,8 @@ def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) ->
     """
     cu_chunks, chunks = segmentation.cu_chunks, segmentation.boundary_positions.shape[0]
     if not outer.padded:
-        return Layout(cu_chunks, (chunks,), jagged=outer.jagged, has_tail=capped)
+        most = segmentation.most_chunks
+        return Layout(cu_chunks, (chunks,), jagged=outer.jagged, has_tail=capped, max_seqlen=most)
     # A compiler does not know the sizes, and so not whether there are pads.
     if not capped and not torch.compiler.is_compiling():
         shape = (outer.batch, segmentation.most_chunks)
@@ -163,12 +168,14 @@ def _jagged_layout(tokens: Tensor, has_lengths_too: bool) -> Layout:
     return Layout(offsets, (values.shape[0],), jagged=True)
 
 
-def _packed_layout(tokens: Tensor, cu_seqlens: Tensor) -> Layout:
+def _packed_layout(tokens: Tensor, cu_seqlens: Tensor, static: bool) -> Layout:
     check_cu_seqlens(cu_seqlens)
     if tokens.ndim != 2:
         raise ValueError(
             f"tokens must have shape (total, dim) with cu_seqlens, got {tuple(tokens.shape)}"
         )
+    # A loose bound costs attention some empty programs, and a read would stop the host.
+    max_seqlen = tokens.shape[0] if static else None
     if _readable(cu_seqlens):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values != sorted(values) or values[-1] != tokens.shape[0]:
@@ -176,7 +183,8 @@ def _packed_layout(tokens: Tensor, cu_seqlens: Tensor) -> Layout:
                 f"cu_seqlens must rise from 0 to {tokens.shape[0]}, the rows of tokens, "
                 f"got {values}"
             )
-    return Layout(cu_seqlens.to(tokens.device), (tokens.shape[0],))
+        max_seqlen = max((end - start for start, end in pairwise(values)), default=0)
+    return Layout(cu_seqlens.to(tokens.device), (tokens.shape[0],), max_seqlen=max_seqlen)
 
 
 def _ragged_layout(tokens: Tensor, lens: Tensor, static: bool) -> Layout:

@@ -400,7 +400,7 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 def _run_stack(stack: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """A stack alone, on any layout."""
     if layout.jagged:
-        return layout.unpack(stack(x.values(), layout.cu_seqlens))
+        return layout.unpack(stack(x.values(), layout.cu_seqlens, has_tail=False))
     return call_module("backbone", stack, x, layout)[0]
 
 

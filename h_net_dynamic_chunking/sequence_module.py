@@ -9,7 +9,11 @@ sequences have different lengths; a module without them is called with the tenso
     src_key_padding_mask,  bool (batch, length): True at pads, as torch.nn's own modules have it;
     key_padding_mask       `mask` means something else there and is left to its default
     cu_seqlens             int (batch + 1,): cumulative lengths; the module then gets and returns
-                           packed (total, dim). Offered only when the input itself is packed
+                           packed (total, dim). Offered only when the input itself is packed, and
+                           with it:
+    max_seqlen             the longest of those sequences, or more; left to its default where the
+                           host would have to wait for it
+    has_tail               bool: whether rows may lie behind the last sequence, cu_seqlens[-1]
 
 Pads stand on the right and hold zeros on the way in. So a causal module needs none of these, and
 what a module leaves in the pads reaches no real position. A module that is not causal, and asks for
@@ -62,7 +66,7 @@ def call_module(
         result = module(x, **_padded_lengths(layout, accepted))
         return _checked(name, result, layout, width), result
     if "cu_seqlens" in accepted:
-        result = module(x, cu_seqlens=layout.cu_seqlens)
+        result = module(x, cu_seqlens=layout.cu_seqlens, **_packed_lengths(layout, accepted))
         return _checked(name, result, layout, width), result
     if is_position_wise(module):
         return _checked(name, module(x), layout, width), None
@@ -93,13 +97,23 @@ def accepted_lengths(module: nn.Module) -> frozenset[str]:
     """Which of the parameters at the top of this file the module's forward names."""
     module = unwrapped(module)
     if type(module) not in _ACCEPTED:
-        names = {"lens", "mask", "src_key_padding_mask", "key_padding_mask", "cu_seqlens"}
+        names = set(_NAMES)
         if type(module).__module__.startswith("torch.nn"):
             names.remove("mask")
         found = names & inspect.signature(type(module).forward).parameters.keys()
         _ACCEPTED[type(module)] = frozenset(found)
     return _ACCEPTED[type(module)]
 
+
+_NAMES = (
+    "lens",
+    "mask",
+    "src_key_padding_mask",
+    "key_padding_mask",
+    "cu_seqlens",
+    "max_seqlen",
+    "has_tail",
+)
 
 # Filled when an HNet is made, so that a compiled graph only looks up.
 _ACCEPTED: dict[type[nn.Module], frozenset[str]] = {}
@@ -121,6 +135,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while type(module).__name__ in _WRAPPERS:
         module = getattr(module, _WRAPPERS[type(module).__name__])
     return module
+
+
+def _packed_lengths(layout: Layout, accepted: frozenset[str]) -> dict[str, int]:
+    """What goes with cu_seqlens."""
+    offers = {"max_seqlen": layout.max_seqlen, "has_tail": layout.has_tail}
+    return {name: offer for name, offer in offers.items() if name in accepted and offer is not None}
 
 
 def _padded_lengths(layout: Layout, accepted: frozenset[str]) -> dict[str, Tensor]:

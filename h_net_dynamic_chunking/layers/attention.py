@@ -51,7 +51,8 @@ class CausalAttention(nn.Module):
     cu_seqlens:  (batch + 1,), int32 or int64: cumulative lengths of packed sequences. Rows from
                  cu_seqlens[-1] on may hold anything and come out as zeros
     max_seqlen:  the longest of the packed sequences, or more. None reads it, which stops the host
-    tail_is_zero: whether x is known to hold zeros behind the last sequence, which saves a copy
+    has_tail:    False says that there are no rows from cu_seqlens[-1] on, which saves copies
+    tail_is_zero: whether x is known to hold zeros behind the last sequence, which saves one of them
     out:         shape of x, dtype of `out_proj`'s result
 
     Packed sequences, and windows in padded ones, go through `varlen_attn` where that can run, which
@@ -112,10 +113,11 @@ class CausalAttention(nn.Module):
         x: Tensor,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        has_tail: bool = True,
         tail_is_zero: bool = False,
     ) -> Tensor:
         check_input(x, self.d_model, cu_seqlens)
-        if cu_seqlens is not None and not tail_is_zero:
+        if cu_seqlens is not None and has_tail and not tail_is_zero:
             # The gradient of the weights multiplies whatever is there by zero.
             x = zero_tail(x, cu_seqlens)
         q, k, v = rotary(
@@ -127,6 +129,8 @@ class CausalAttention(nn.Module):
             mixed = self._attend_from_start(q, k, v)
         elif self._varlen_can_run(q):
             mixed = self._attend_varlen(q, k, v, cu_seqlens, max_seqlen)
+            # The kernels write nothing to the tail. In the gradients `rotary` does.
+            mixed = zero_tail(mixed, cu_seqlens) if has_tail else mixed
         else:
             mixed = self._attend_one_by_one(q, k, v, cu_seqlens)
         return self._merge(mixed)
@@ -317,7 +321,7 @@ class CausalAttention(nn.Module):
     def _attend_varlen(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
     ) -> Tensor:
-        """Attention inside each packed sequence: all (total, heads, head_dim)."""
+        """Attention inside each packed sequence, its tail unwritten: (total, heads, head_dim)."""
         if max_seqlen is None:
             max_seqlen = longest(cu_seqlens)
         varlen_attn, has_window = _varlen()
@@ -325,9 +329,8 @@ class CausalAttention(nn.Module):
         if has_window:
             causal = {"window_size": (self.window_size, 0)}
         ends = cu_seqlens.to(torch.int32)
-        # The kernels write nothing to the tail. In the gradients `rotary` does.
         mixed = varlen_attn(q, k, v, ends, ends, max_seqlen, max_seqlen, **causal)
-        return zero_tail(cast(Tensor, mixed), cu_seqlens)
+        return cast(Tensor, mixed)
 
     def _sees_all(self, length: int) -> bool:
         """Whether the window reaches past the start, and so is none, which is faster."""

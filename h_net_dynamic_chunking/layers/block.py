@@ -18,7 +18,8 @@ class Block(nn.Module):
     So the stream goes from block to block as a pair, and is the sum of the two.
 
     h:       (batch, length, d_model), float; packed (total, d_model) with `cu_seqlens`. The mixer
-             gets that, `max_seqlen` and `tail_is_zero`, as far as its forward names them
+             gets that, `max_seqlen`, `has_tail` and `tail_is_zero`, as far as its forward names
+             them
     update:  like h, what is still to be added to it; None for nothing
     out:     the pair h, update after this block; h float32 or float64
     """
@@ -38,16 +39,23 @@ class Block(nn.Module):
         update: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        has_tail: bool = True,
     ) -> tuple[Tensor, Tensor]:
         lengths: dict[str, Any] = {}
         if cu_seqlens is not None:
-            # The norm leaves zeros in the tail, whatever the stream has there.
-            offers = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "tail_is_zero": True}
+            offers = {
+                "cu_seqlens": cu_seqlens,
+                "max_seqlen": max_seqlen,
+                "has_tail": has_tail,
+                # The norm leaves zeros there, whatever the stream has.
+                "tail_is_zero": True,
+            }
             lengths = {name: offers[name] for name in self.lengths}
-        h, normed = add_then_norm(self.norm1, h, update, cu_seqlens)
+        masked = cu_seqlens if has_tail else None
+        h, normed = add_then_norm(self.norm1, h, update, masked)
         update = self.mixer(normed, **lengths)
         if self.norm2 is not None and self.mlp is not None:
-            h, normed = add_then_norm(self.norm2, h, update, cu_seqlens)
+            h, normed = add_then_norm(self.norm2, h, update, masked)
             update = self.mlp(normed)
         return h, update
 
@@ -71,4 +79,5 @@ def _lengths_named_by(mixer: nn.Module) -> list[str]:
     """Which of the arguments for packed input the mixer's forward names."""
     mixer = getattr(mixer, "_orig_mod", mixer)  # torch.compile hides the signature behind *args
     names = inspect.signature(mixer.forward).parameters
-    return [name for name in ("cu_seqlens", "max_seqlen", "tail_is_zero") if name in names]
+    offered = ("cu_seqlens", "max_seqlen", "has_tail", "tail_is_zero")
+    return [name for name in offered if name in names]

@@ -44,6 +44,7 @@ class Isotropic(nn.Module):
                  cu_seqlens[-1] on may hold anything and get no gradient
     max_seqlen:  the longest of the packed sequences, or more; None reads it, once for all layers,
                  if a mixer asks for it, which stops the host of a GPU
+    has_tail:    False says that there are no rows from cu_seqlens[-1] on, which saves some passes
     out:         shape of x, dtype of `rmsnorm.weight`
 
     The residual stream is float32 whatever the dtypes of input and weights (float64 stays).
@@ -101,7 +102,11 @@ class Isotropic(nn.Module):
         self.rmsnorm = RMSNorm(d_model)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        has_tail: bool = True,
     ) -> Tensor:
         check_input(x, self.d_model, cu_seqlens)
         if cu_seqlens is not None:
@@ -110,10 +115,10 @@ class Isotropic(nn.Module):
                 max_seqlen = longest(cu_seqlens)
         h, update = x, None
         for layer in self.layers:
-            stream = (h, update, cu_seqlens, max_seqlen)
+            stream = (h, update, cu_seqlens, max_seqlen, has_tail)
             keeps_all = not self.activation_checkpointing
             h, update = layer(*stream) if keeps_all else recomputed(layer, *stream)
-        return add_then_norm(self.rmsnorm, h, update, cu_seqlens)[1]
+        return add_then_norm(self.rmsnorm, h, update, cu_seqlens if has_tail else None)[1]
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None

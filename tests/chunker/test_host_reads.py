@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from h_net_dynamic_chunking import DynamicSequenceChunker, HNet
+from h_net_dynamic_chunking.layers import Isotropic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -57,3 +58,14 @@ def test_three_stages(max_chunks: int | None, reads: int, monkeypatch: pytest.Mo
         net = HNet(nn.Linear(16, 16), net, nn.Linear(16, 16), 16, max_chunks=max_chunks)
     net, x = net.cuda(), torch.randn(3, 50, 16, device="cuda")
     assert host_reads(lambda: net(x), monkeypatch) == reads
+
+
+@pytest.mark.parametrize(("max_chunks", "reads"), [(None, 1), (8, 0)])
+def test_attention_on_packed_chunks(
+    max_chunks: int | None, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Isotropic("t2", 16, attention={"num_heads": 2})
+    net = HNet(nn.Linear(16, 16), network, nn.Linear(16, 16), 16, max_chunks=max_chunks)
+    net, x = net.cuda().bfloat16(), torch.randn(70, 16, device="cuda").bfloat16()
+    cu_seqlens = torch.tensor([0, 50, 50, 70], device="cuda")
+    assert host_reads(lambda: net(x, cu_seqlens=cu_seqlens), monkeypatch) == reads

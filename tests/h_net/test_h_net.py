@@ -45,6 +45,14 @@ class TakesMask(Recorder):
         return x
 
 
+class TakesPackedLengths(Recorder):
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int = -1, has_tail: bool | None = None
+    ) -> Tensor:
+        self.seen.append({"max_seqlen": max_seqlen, "has_tail": has_tail})
+        return x
+
+
 class TakesPacked(Recorder):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         self.seen.append({"shape": tuple(x.shape), "cu_seqlens": cu_seqlens})
@@ -166,6 +174,15 @@ class TestLengthsProtocol:
         counts = result.intermediates[0].num_chunks
         assert network.seen[0]["lens"].tolist() == counts.tolist()
         assert network.seen[0]["shape"] == (2, int(counts.max()), 6)
+
+    @pytest.mark.parametrize("max_chunks", [None, 5])
+    def test_packed_lengths_that_the_host_knows(self, max_chunks: int | None) -> None:
+        encoder, network = TakesPackedLengths(), TakesPackedLengths()
+        net = HNet(encoder, network, nn.Identity(), 6, max_chunks=max_chunks).double()
+        result = net(randn(13, 6), cu_seqlens=torch.tensor([0, 9, 13]))
+        assert encoder.seen == [{"max_seqlen": 9, "has_tail": False}]
+        most = max_chunks or int(result.intermediates[0].num_chunks.max())
+        assert network.seen == [{"max_seqlen": most, "has_tail": max_chunks is not None}]
 
     def test_stock_modules_of_torch_get_their_padding_mask(self) -> None:
         """Not causal, so that a pad that was attended to would show; and `mask` is left alone."""

@@ -90,6 +90,17 @@ def test_nan_tail(kind: str) -> None:
         assert_close(f"gradient of {name}", got[name], gradient)
 
 
+@pytest.mark.parametrize("kind", ["window", "T1m2M1,-1"])
+def test_no_tail(kind: str) -> None:
+    """Said or not: the same."""
+    module, lens, x = MODULES[kind]().double(), [5, 0, 12], randn(17, D_MODEL)
+    out, want = module(x, cumulative(lens), has_tail=False), module(x, cumulative(lens))
+    assert_close("output", out, want)
+    got, alone = gradients(out, x, module), gradients(want, x, module)
+    for name, gradient in alone.items():
+        assert_close(f"gradient of {name}", got[name], gradient)
+
+
 def test_packed_bfloat16() -> None:
     """The layout of the sequences is no more than a matter of rounding."""
     stack, lens = small_stack("T1m2M1", 3).bfloat16(), [3, 20, 9]
@@ -121,6 +132,8 @@ def test_varlen_attention(monkeypatch: pytest.MonkeyPatch, has_window: bool) -> 
     assert given == {"dtype": torch.int32, "longest": 20, **causal}
     mixer(x, cumulative(lens), max_seqlen=24)
     assert given["longest"] == 24
+    # Told that there is no tail, nobody looks for one.
+    assert mixer(x, cumulative(lens), has_tail=False)[23:].isnan().all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
