@@ -27,9 +27,10 @@ from h_net_dynamic_chunking.layers._checks import (
     check_sizes,
     check_step_input,
 )
-from h_net_dynamic_chunking.layers._packed import longest, zero_tail
+from h_net_dynamic_chunking.layers._packed import longest
 from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
 from h_net_dynamic_chunking.ops.rotary import rotary, rotate
+from h_net_dynamic_chunking.ops.tail import zero_tail
 
 
 @cache

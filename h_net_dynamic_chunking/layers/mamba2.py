@@ -25,11 +25,11 @@ from h_net_dynamic_chunking.layers._checks import (
     check_sizes,
     check_step_input,
 )
-from h_net_dynamic_chunking.layers._packed import zero_tail
 from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters, mamba2_inner
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd_continued
+from h_net_dynamic_chunking.ops.tail import zero_tail
 
 
 @dataclass(eq=False)

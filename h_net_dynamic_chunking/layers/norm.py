@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from h_net_dynamic_chunking.layers._packed import zero_tail
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
+from h_net_dynamic_chunking.ops.tail import zero_tail
 
 
 class RMSNorm(nn.RMSNorm):

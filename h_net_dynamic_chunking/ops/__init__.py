@@ -31,6 +31,7 @@ from h_net_dynamic_chunking.ops.expansion import expand, expand_step
 from h_net_dynamic_chunking.ops.gated_norm import gated_norm
 from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters, mamba2_inner
 from h_net_dynamic_chunking.ops.ssd import ssd, ssd_continued
+from h_net_dynamic_chunking.ops.tail import zero_tail
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
 
 __all__ = [
@@ -56,4 +57,5 @@ __all__ = [
     "ssd_continued",
     "use_backend",
     "wide_linear",
+    "zero_tail",
 ]

@@ -34,6 +34,7 @@ from h_net_dynamic_chunking.ops._triton import (
     ssd_forward,
     ssd_states,
     swiglu,
+    tail,
     time_step,
 )
 
@@ -56,6 +57,7 @@ MODULES = (
     ssd_forward,
     ssd_states,
     swiglu,
+    tail,
     time_step,
 )
 
@@ -197,6 +199,7 @@ def call_mamba2_parts() -> None:
     causal_conv.conv_bwd(out, x, weight, bias, *ids, x)
     gated_norm.gated_norm_fwd(out, z, bias, 1e-5, cu_seqlens)
     gated_norm.gated_norm_bwd(out, out, z, bias, 1e-5, cu_seqlens, z)
+    tail.zero_tail(out, cu_seqlens)
     dt = time_step.time_step_fwd(raw, bias[:heads], cu_seqlens)
     time_step.time_step_bwd(dt, raw, bias[:heads], cu_seqlens, raw)
 

@@ -10,6 +10,7 @@ from h_net_dynamic_chunking.ops import (
     gated_norm,
     mamba2_inner,
     use_backend,
+    zero_tail,
 )
 from tests.ops.mamba2_cases import mamba2_inputs
 from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
@@ -66,6 +67,18 @@ def test_slices_and_tails_of_nan() -> None:
     assert_kernels_agree(
         lambda y, z, w: gated_norm(y, z[:, 3:23], w, cu_seqlens), y, wide, parameters[1]
     )
+
+
+@pytest.mark.parametrize("lens", [[3, 0, 6], [12], [0]])
+def test_zero_tail(lens: list[int]) -> None:
+    """Of more numbers than a program has, and of integers."""
+    x, cu_seqlens = randn(12, 3, 700), cumulative(lens, DEVICE)
+    with torch.no_grad():
+        x[sum(lens) :] = torch.nan
+    assert_kernels_agree(lambda x: zero_tail(x[..., 1:], cu_seqlens), x)
+    with use_backend("triton"):
+        whole = torch.arange(12, device=DEVICE)
+        assert torch.equal(zero_tail(whole, cu_seqlens), whole * (whole < sum(lens)))
 
 
 def inner(projected: Tensor, *parameters: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.common import launch, sigmoid
 
 # Rows that can be kept: a convolution of more taps goes to torch.
 MAX_TAPS = 4
 # Channels of a program, positions that it walks, positions that are read ahead, warps.
 _FORWARD = (256, 64, 4, 1)
-_BACKWARD = (128, 64, 2, 1)
+_BACKWARD = (128, 64, 4, 1)
 
 
 @triton.jit
@@ -28,6 +28,16 @@ def _tap(weight, o_c, m_c, K: tl.constexpr, BACK: tl.constexpr):
     else:
         b_tap = tl.zeros(o_c.shape, dtype=tl.float32)
     return b_tap
+
+
+@triton.jit
+def _taps(weight, o_c, m_c, K: tl.constexpr):
+    return (
+        _tap(weight, o_c, m_c, K, 0),
+        _tap(weight, o_c, m_c, K, 1),
+        _tap(weight, o_c, m_c, K, 2),
+        _tap(weight, o_c, m_c, K, 3),
+    )
 
 
 @triton.jit
@@ -66,6 +76,32 @@ def _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW: tl.constexpr, BACK: tl.con
     return tl.where(is_same, b_x, 0.0)
 
 
+@triton.jit
+def _goes_on(i_before, i_last, B):
+    """Whether all rows up to one of sequence `i_last` go on with the sequence before them."""
+    return (i_last == i_before) & (i_before >= 0) & (i_before < B)
+
+
+@triton.jit
+def _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias):
+    return b_bias + taps[0] * b_x0 + taps[1] * b_x1 + taps[2] * b_x2 + taps[3] * b_x3
+
+
+@triton.jit
+def _row(b_row, i_0, i_1, b_x1, b_x2, b_x3, B, CHECK: tl.constexpr):
+    """Row t in float32, and the three before it as far as they are of its sequence.
+
+    Unless CHECK, they are: then it costs less, and these kernels are short of instructions.
+    """
+    b_x0 = b_row.to(tl.float32)
+    if CHECK:
+        b_x0 = tl.where((i_0 >= 0) & (i_0 < B), b_x0, 0.0)
+        b_x1 = tl.where(i_0 == i_1, b_x1, 0.0)
+        b_x2 = tl.where(i_0 == i_1, b_x2, 0.0)
+        b_x3 = tl.where(i_0 == i_1, b_x3, 0.0)
+    return b_x0, b_x1, b_x2, b_x3
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def conv_fwd_kernel(
     x,
@@ -86,42 +122,76 @@ def conv_fwd_kernel(
     o_c = (i_p % tl.cdiv(C, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_t = (i_p // tl.cdiv(C, BLOCK_C)) * ROWS
     m_c = o_c < C
-    b_w0 = _tap(weight, o_c, m_c, K, 0)
-    b_w1 = _tap(weight, o_c, m_c, K, 1)
-    b_w2 = _tap(weight, o_c, m_c, K, 2)
-    b_w3 = _tap(weight, o_c, m_c, K, 3)
+    taps = _taps(weight, o_c, m_c, K)
     b_bias = tl.load(bias + o_c, mask=m_c, other=0).to(tl.float32)
     b_x1 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 1)
     b_x2 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 2)
     b_x3 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 3)
-    i_before = _sequence(sequence, i_t - 1, T)
+    i_1 = _sequence(sequence, i_t - 1, T)
     o_one = tl.arange(0, 1)
     for _ in range(0, ROWS, AHEAD):
         rows = _rows_ahead(x + i_t * X_ROW + o_c, m_c, T - i_t, X_ROW, AHEAD)
         sequences = _sequences_ahead(sequence, i_t, T, AHEAD)
-        for u in tl.static_range(AHEAD):
-            is_live = (sequences[u] >= 0) & (sequences[u] < B)
-            goes_on = sequences[u] == i_before
-            b_x0 = tl.where(is_live, rows[u].to(tl.float32), 0.0)
-            b_x1 = tl.where(goes_on, b_x1, 0.0)
-            b_x2 = tl.where(goes_on, b_x2, 0.0)
-            b_x3 = tl.where(goes_on, b_x3, 0.0)
-            b_sum = b_bias + b_w0 * b_x0 + b_w1 * b_x1 + b_w2 * b_x2 + b_w3 * b_x3
-            b_out = tl.where(is_live, b_sum * tl.sigmoid(b_sum), 0.0)
-            p_out = out + (i_t + u) * C + o_c
-            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_c & (i_t + u + o_one < T))
-            b_x3 = b_x2
-            b_x2 = b_x1
-            b_x1 = b_x0
-            i_before = sequences[u]
+        p_out = out + i_t * C + o_c
+        if _goes_on(i_1, sequences[AHEAD - 1], B):
+            for u in tl.static_range(AHEAD):
+                b_x0, b_x1, b_x2, b_x3 = _row(rows[u], i_1, i_1, b_x1, b_x2, b_x3, B, False)
+                b_sum = _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias)
+                b_out = b_sum * sigmoid(b_sum)
+                tl.store(p_out + u * C, b_out.to(out.dtype.element_ty), mask=m_c)
+                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
+        else:
+            for u in tl.static_range(AHEAD):
+                i_0 = sequences[u]
+                b_x0, b_x1, b_x2, b_x3 = _row(rows[u], i_0, i_1, b_x1, b_x2, b_x3, B, True)
+                b_sum = _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias)
+                b_out = tl.where(i_0 < B, b_sum * sigmoid(b_sum), 0.0)
+                m_row = m_c & (i_t + u + o_one < T)
+                tl.store(p_out + u * C, b_out.to(out.dtype.element_ty), mask=m_row)
+                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
+                i_1 = i_0
         i_t += AHEAD
 
 
 @triton.jit
-def _grad_sum(b_grad, b_sum):
-    """The gradient before the SiLU."""
-    b_sigmoid = tl.sigmoid(b_sum)
-    return b_grad * b_sigmoid * (1 + b_sum * (1 - b_sigmoid))
+def _row_backward(
+    b_row,
+    b_grad,
+    i_0,
+    i_1,
+    i_2,
+    i_3,
+    b_x1,
+    b_x2,
+    b_x3,
+    b_d1,
+    b_d2,
+    b_d3,
+    taps,
+    b_bias,
+    B,
+    CHECK: tl.constexpr,
+):
+    """As `_row`; the gradient before the SiLU of row t; those of rows t to t - 3 with it in them.
+
+    b_d1, b_d2, b_d3:  what the gradients of the three rows before have got so far
+    """
+    b_x0, b_x1, b_x2, b_x3 = _row(b_row, i_0, i_1, b_x1, b_x2, b_x3, B, CHECK)
+    b_sum = _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias)
+    b_sigmoid = sigmoid(b_sum)
+    b_grad = b_grad.to(tl.float32) * (b_sigmoid + b_sum * b_sigmoid * (1 - b_sigmoid))
+    b_to_1 = b_grad
+    b_to_2 = b_grad
+    b_to_3 = b_grad
+    if CHECK:
+        b_grad = tl.where((i_0 >= 0) & (i_0 < B), b_grad, 0.0)
+        b_to_1 = tl.where(i_0 == i_1, b_grad, 0.0)
+        b_to_2 = tl.where(i_0 == i_2, b_grad, 0.0)
+        b_to_3 = tl.where(i_0 == i_3, b_grad, 0.0)
+    b_d1 += taps[1] * b_to_1
+    b_d2 += taps[2] * b_to_2
+    b_d3 += taps[3] * b_to_3
+    return b_x0, b_x1, b_x2, b_x3, b_grad, taps[0] * b_grad, b_d1, b_d2, b_d3
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -150,10 +220,8 @@ def conv_bwd_kernel(
     i_first = i_block * ROWS
     i_t = i_first
     m_c = o_c < C
-    b_w0 = _tap(weight, o_c, m_c, K, 0)
-    b_w1 = _tap(weight, o_c, m_c, K, 1)
-    b_w2 = _tap(weight, o_c, m_c, K, 2)
-    b_w3 = _tap(weight, o_c, m_c, K, 3)
+    dtype = grad_x.dtype.element_ty
+    taps = _taps(weight, o_c, m_c, K)
     b_bias = tl.load(bias + o_c, mask=m_c, other=0).to(tl.float32)
     b_x1 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 1)
     b_x2 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 2)
@@ -170,44 +238,103 @@ def conv_bwd_kernel(
     b_d2 = tl.zeros([BLOCK_C], dtype=tl.float32)
     b_d3 = tl.zeros([BLOCK_C], dtype=tl.float32)
     o_one = tl.arange(0, 1)
-    for _ in range(0, ROWS + 3, AHEAD):
+    for _ in range(0, ROWS, AHEAD):
         rows = _rows_ahead(x + i_t * X_ROW + o_c, m_c, T - i_t, X_ROW, AHEAD)
         grads = _rows_ahead(grad + i_t * C + o_c, m_c, T - i_t, C, AHEAD)
         sequences = _sequences_ahead(sequence, i_t, T, AHEAD)
-        for u in tl.static_range(AHEAD):
-            i_0 = sequences[u]
-            is_live = (i_0 >= 0) & (i_0 < B)
-            b_x0 = tl.where(is_live, rows[u].to(tl.float32), 0.0)
-            b_x1 = tl.where(i_0 == i_1, b_x1, 0.0)
-            b_x2 = tl.where(i_0 == i_1, b_x2, 0.0)
-            b_x3 = tl.where(i_0 == i_1, b_x3, 0.0)
-            b_sum = b_bias + b_w0 * b_x0 + b_w1 * b_x1 + b_w2 * b_x2 + b_w3 * b_x3
-            b_grad = _grad_sum(grads[u].to(tl.float32), b_sum)
-            b_grad = tl.where(is_live, b_grad, 0.0)
-            b_d1 += b_w1 * tl.where(i_0 == i_1, b_grad, 0.0)
-            b_d2 += b_w2 * tl.where(i_0 == i_2, b_grad, 0.0)
-            b_d3 += b_w3 * tl.where(i_0 == i_3, b_grad, 0.0)
-            i_out = i_t + u - 3 + o_one
-            m_own = (i_out >= i_first) & (i_out < i_first + ROWS) & (i_out < T)
-            p_grad_x = grad_x + i_out * GRAD_X_ROW + o_c
-            tl.store(p_grad_x, b_d3.to(grad_x.dtype.element_ty), mask=m_c & m_own)
-            # The rows behind are the next program's, which counts them for the taps.
-            b_own = tl.where(i_t + u < i_first + ROWS, b_grad, 0.0)
-            b_g0 += b_own * b_x0
-            b_g1 += b_own * b_x1
-            b_g2 += b_own * b_x2
-            b_g3 += b_own * b_x3
-            b_gb += b_own
-            b_d3 = b_d2
-            b_d2 = b_d1
-            b_d1 = b_w0 * b_grad
-            b_x3 = b_x2
-            b_x2 = b_x1
-            b_x1 = b_x0
-            i_3 = i_2
-            i_2 = i_1
-            i_1 = i_0
+        p_grad_x = grad_x + (i_t - 3) * GRAD_X_ROW + o_c
+        if _goes_on(i_3, sequences[AHEAD - 1], B):
+            for u in tl.static_range(AHEAD):
+                b_x0, b_x1, b_x2, b_x3, b_grad, b_d0, b_d1, b_d2, b_d3 = _row_backward(
+                    rows[u],
+                    grads[u],
+                    i_3,
+                    i_3,
+                    i_3,
+                    i_3,
+                    b_x1,
+                    b_x2,
+                    b_x3,
+                    b_d1,
+                    b_d2,
+                    b_d3,
+                    taps,
+                    b_bias,
+                    B,
+                    False,
+                )
+                m_own = m_c & (i_t + u - 3 + o_one >= i_first)
+                tl.store(p_grad_x + u * GRAD_X_ROW, b_d3.to(dtype), mask=m_own)
+                b_g0 += b_grad * b_x0
+                b_g1 += b_grad * b_x1
+                b_g2 += b_grad * b_x2
+                b_g3 += b_grad * b_x3
+                b_gb += b_grad
+                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
+                b_d1, b_d2, b_d3 = b_d0, b_d1, b_d2
+            i_1 = i_3
+            i_2 = i_3
+        else:
+            for u in tl.static_range(AHEAD):
+                b_x0, b_x1, b_x2, b_x3, b_grad, b_d0, b_d1, b_d2, b_d3 = _row_backward(
+                    rows[u],
+                    grads[u],
+                    sequences[u],
+                    i_1,
+                    i_2,
+                    i_3,
+                    b_x1,
+                    b_x2,
+                    b_x3,
+                    b_d1,
+                    b_d2,
+                    b_d3,
+                    taps,
+                    b_bias,
+                    B,
+                    True,
+                )
+                i_out = i_t + u - 3 + o_one
+                m_own = m_c & (i_out >= i_first) & (i_out < T)
+                tl.store(p_grad_x + u * GRAD_X_ROW, b_d3.to(dtype), mask=m_own)
+                b_g0 += b_grad * b_x0
+                b_g1 += b_grad * b_x1
+                b_g2 += b_grad * b_x2
+                b_g3 += b_grad * b_x3
+                b_gb += b_grad
+                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
+                b_d1, b_d2, b_d3 = b_d0, b_d1, b_d2
+                i_1, i_2, i_3 = sequences[u], i_1, i_2
         i_t += AHEAD
+    # Three rows of the next block, which counts them for the taps.
+    rows = _rows_ahead(x + i_t * X_ROW + o_c, m_c, T - i_t, X_ROW, 3)
+    grads = _rows_ahead(grad + i_t * C + o_c, m_c, T - i_t, C, 3)
+    sequences = _sequences_ahead(sequence, i_t, T, 3)
+    for u in tl.static_range(3):
+        b_x0, b_x1, b_x2, b_x3, _, b_d0, b_d1, b_d2, b_d3 = _row_backward(
+            rows[u],
+            grads[u],
+            sequences[u],
+            i_1,
+            i_2,
+            i_3,
+            b_x1,
+            b_x2,
+            b_x3,
+            b_d1,
+            b_d2,
+            b_d3,
+            taps,
+            b_bias,
+            B,
+            True,
+        )
+        i_out = i_t + u - 3 + o_one
+        p_grad_x = grad_x + (i_t + u - 3) * GRAD_X_ROW + o_c
+        tl.store(p_grad_x, b_d3.to(dtype), mask=m_c & (i_out >= i_first) & (i_out < T))
+        b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
+        b_d1, b_d2, b_d3 = b_d0, b_d1, b_d2
+        i_1, i_2, i_3 = sequences[u], i_1, i_2
     p_partial = partial + i_block * (K + 1) * C + o_c
     tl.store(p_partial + (K - 1) * C, b_g0, mask=m_c)
     if K > 1:

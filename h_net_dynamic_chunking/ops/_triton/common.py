@@ -12,6 +12,15 @@ from torch import Tensor
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+
+
+@triton.jit
+def sigmoid(b_x):
+    """For float32, in fewer instructions than Triton's, which keep small numbers from zero."""
+    return 1 / (1 + tl.exp2(b_x * _MINUS_LOG2_E))
+
+
 @triton.jit
 def sequence_of(p_cu, o_t, B, halvings):
     """The last i in 0 .. B with cu[i] <= t: which sequence owns each position, B in the tail."""

@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
+from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2, sigmoid
 
 # Widest row that is kept in registers.
 MAX_DIM = 8192
 # Rows of a program, numbers of a thread.
-_FORWARD = (4, 16)
-_BACKWARD = (32, 16)
+_FORWARD = (1, 16)
+_BACKWARD = (16, 16, True)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -42,11 +42,25 @@ def gated_norm_fwd_kernel(
         m_live = m_d & (o_t < end) & (o_t < T)
         b_y = tl.load(y + i_t * D + o_d, mask=m_live, other=0).to(tl.float32)
         b_z = tl.load(z + i_t * Z_ROW + o_d, mask=m_live, other=0).to(tl.float32)
-        b_gated = b_y * (b_z * tl.sigmoid(b_z))
+        b_gated = b_y * (b_z * sigmoid(b_z))
         scale = 1 / tl.sqrt(tl.sum(b_gated * b_gated) / D + eps)
         b_out = b_gated * scale * b_weight
         tl.store(out + i_t * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d & (o_t < T))
         i_t += 1
+
+
+@triton.jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _row(grad, y, z, i_t, o_d, m_d, end, D: tl.constexpr, Z_ROW: tl.constexpr):
+    m_live = m_d & (i_t + tl.arange(0, 1) < end)
+    b_grad = tl.load(grad + i_t * D + o_d, mask=m_live, other=0)
+    b_y = tl.load(y + i_t * D + o_d, mask=m_live, other=0)
+    b_z = tl.load(z + i_t * Z_ROW + o_d, mask=m_live, other=0)
+    return b_grad, b_y, b_z
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -67,6 +81,7 @@ def gated_norm_bwd_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """With n = y silu(z) scale and u = grad weight: the gradient of y silu(z) is
     scale (u - n mean(u n)). The scale is had again from what is in registers anyway."""
@@ -74,28 +89,33 @@ def gated_norm_bwd_kernel(
     i_t = i_block * ROWS
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    end = tl.load(cu + B).to(tl.int64)
+    end = tl.minimum(tl.load(cu + B).to(tl.int64), T)
+    end = tl.minimum(end, i_t + ROWS)
     b_weight = tl.load(weight + o_d, mask=m_d, other=0).to(tl.float32)
     b_grad_weight = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if AHEAD:
+        b_next_grad, b_next_y, b_next_z = _row(grad, y, z, i_t, o_d, m_d, end, D, Z_ROW)
     for _ in range(ROWS):
-        o_t = i_t + tl.arange(0, 1)
-        m_live = m_d & (o_t < end) & (o_t < T)
-        b_grad = tl.load(grad + i_t * D + o_d, mask=m_live, other=0).to(tl.float32)
-        b_y = tl.load(y + i_t * D + o_d, mask=m_live, other=0).to(tl.float32)
-        b_z = tl.load(z + i_t * Z_ROW + o_d, mask=m_live, other=0).to(tl.float32)
-        b_sigmoid = tl.sigmoid(b_z)
-        b_silu = b_z * b_sigmoid
-        b_gated = b_y * b_silu
-        b_u = b_grad * b_weight
-        scale = 1 / tl.sqrt(tl.sum(b_gated * b_gated) / D + eps)
-        along = scale * (tl.sum(b_u * b_gated) / D)
+        if AHEAD:
+            b_grad, b_y, b_z = b_next_grad, b_next_y, b_next_z
+            b_next_grad, b_next_y, b_next_z = _row(grad, y, z, i_t + 1, o_d, m_d, end, D, Z_ROW)
+        else:
+            b_grad, b_y, b_z = _row(grad, y, z, i_t, o_d, m_d, end, D, Z_ROW)
+        b_g, b_yf, b_zf = b_grad.to(tl.float32), b_y.to(tl.float32), b_z.to(tl.float32)
+        b_sigmoid = sigmoid(b_zf)
+        b_silu = b_zf * b_sigmoid
+        b_gated = b_yf * b_silu
+        b_u = b_g * b_weight
+        square, along = tl.reduce((b_gated * b_gated, b_u * b_gated), 0, _add)
+        scale = 1 / tl.sqrt(square / D + eps)
+        along = scale * (along / D)
         b_normed = b_gated * scale
-        b_grad_weight += b_grad * b_normed
+        b_grad_weight += b_g * b_normed
         b_grad_gated = scale * (b_u - b_normed * along)
-        m_row = m_d & (o_t < T)
+        m_row = m_d & (i_t + tl.arange(0, 1) < T)
         b_grad_y = b_grad_gated * b_silu
         tl.store(grad_y + i_t * D + o_d, b_grad_y.to(grad_y.dtype.element_ty), mask=m_row)
-        b_grad_z = b_grad_gated * b_y * b_sigmoid * (1 + b_z * (1 - b_sigmoid))
+        b_grad_z = b_grad_gated * b_yf * (b_sigmoid + b_silu * (1 - b_sigmoid))
         p_grad_z = grad_z + i_t * GRAD_Z_ROW + o_d
         tl.store(p_grad_z, b_grad_z.to(grad_z.dtype.element_ty), mask=m_row)
         i_t += 1
@@ -142,7 +162,7 @@ def gated_norm_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient of z to `grad_z`, which may be a slice; return those of y and weight."""
     total, dim = y.shape
-    rows, numbers = _BACKWARD
+    rows, numbers, ahead = _BACKWARD
     block, blocks = power_of_2(dim), triton.cdiv(total, rows)
     grad_y = torch.empty_like(y)
     partial = torch.empty(blocks, dim, dtype=torch.float32, device=y.device)
@@ -168,6 +188,7 @@ def gated_norm_bwd(
             "D": dim,
             "BLOCK_D": block,
             "ROWS": rows,
+            "AHEAD": ahead,
         },
         num_warps=_warps(block, numbers),
     )
