@@ -6,7 +6,7 @@ from h_net_dynamic_chunking.ops.embedding import embedding
 
 
 class Embedding(nn.Embedding):
-    """torch's, with the gradient of `ops.embedding`.
+    """torch's, with the gradient of `ops.embedding`; a jagged tensor keeps torch's.
 
     ids:  int64, any shape
     out:  (*shape of ids, dim), dtype of `weight`
@@ -20,4 +20,5 @@ class Embedding(nn.Embedding):
         super().__init__(vocab, dim)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return embedding(self.weight, ids)
+        # Of nested tensors torch knows the shape, and an operation of ours does not.
+        return super().forward(ids) if ids.is_nested else embedding(self.weight, ids)
