@@ -16,7 +16,6 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import launch
 from h_net_dynamic_chunking.ops._triton.walk import (
-    after,
     carry,
     counts,
     divide,
@@ -29,7 +28,7 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 # One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
 _BLOCK_D = 256
 # Positions that are loaded at a time: by the walk, and to look ahead.
-_ROWS, _AHEAD = 8, 8
+_ROWS, _AHEAD = 4, 8
 
 
 @triton.jit
@@ -94,13 +93,19 @@ def begins_kernel(
 
 
 @triton.jit
-def _chunks(chunk, i_t, i_start, ROWS: tl.constexpr):
-    """The chunks of positions i_t - 1 to i_t + ROWS - 1; -1 before the one before i_start."""
+def _chunks(chunk, i_t, T, ROWS: tl.constexpr):
+    """The chunks of positions i_t - 1 to i_t + ROWS - 1; -1 where there is none."""
     i_chunks = ()
     for k in tl.static_range(-1, ROWS):
-        m_t = (i_t + k >= 0) & (i_t + k >= i_start - 1)
+        m_t = (i_t + k >= 0) & (i_t + k < T)
         i_chunks += (tl.load(chunk + i_t + k, mask=m_t, other=-1),)
     return i_chunks
+
+
+@triton.jit
+def _passes(gate, b_v):
+    """gate v. A gate of 0 lets nothing through, not even NaN."""
+    return tl.where(gate == 0, 0.0, gate * b_v)
 
 
 @triton.jit
@@ -150,56 +155,60 @@ def dechunk_bwd_kernel(
     i_stop = tl.minimum(i_start + block, T)
     # v of the position behind the block, and how much of it comes in.
     b_v = carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
-    gate = _gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH)
-    i_chunks = _chunks(chunk, i_stop - ROWS, i_start, ROWS)
-    for i_back in range(ROWS, i_stop - i_start + ROWS, ROWS):
-        i_t = i_stop - i_back
-        # All that these positions need is on its way before the last of them is looked at.
+    b_v = _passes(_gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH), b_v)
+    i_groups = tl.cdiv(i_stop - i_start, ROWS)
+    i_t = i_start + (i_groups - 1) * ROWS
+    i_chunks = _chunks(chunk, i_t, T, ROWS)
+    m_last = _where(i_chunks[ROWS] >= 0, o_d, m_d)
+    b_s = tl.load(smoothed + i_chunks[ROWS] * D + o_d, mask=m_last, other=0).to(tl.float32)
+    for _ in range(i_groups):
+        # All that these positions need is on its way before the last of them is looked at. Of what
+        # belongs to chunks that is little: what is new where they change.
         rows = ()
         for k in tl.static_range(ROWS):
-            i_c = i_chunks[k + 1]
-            is_row = (i_c >= 0) & (i_t + k >= i_start)
-            m_row = _where(is_row, o_d, m_d)
-            m_open = _where(is_row & (i_c != i_chunks[k]), o_d, m_d)
-            b_g = tl.load(grad + (i_t + k) * D + o_d, mask=m_row, other=0)
-            # That of the position before the block as well: a chunk that opens takes from it.
-            b_s = tl.load(smoothed + i_c * D + o_d, mask=_where(i_c >= 0, o_d, m_d), other=0)
-            b_z = tl.load(z + i_c * D + o_d, mask=m_open, other=0)
-            raw, is_start = 1.0, False
+            i_c, i_before = i_chunks[k + 1], i_chunks[k]
+            is_new = i_c != i_before
+            is_open = is_new & (i_c >= 0)
+            b_g = tl.load(grad + (i_t + k) * D + o_d, mask=_where(i_c >= 0, o_d, m_d), other=0)
+            m_before = _where(is_new & (i_before >= 0), o_d, m_d)
+            b_before = tl.load(smoothed + i_before * D + o_d, mask=m_before, other=0)
+            b_z, raw, is_start = b_before, 1.0, False
+            if WEIGH:
+                b_z = tl.load(z + i_c * D + o_d, mask=_where(is_open, o_d, m_d), other=0)
             if SMOOTH:
-                m_t = i_t + k >= i_start
-                raw = tl.load(p + i_t + k, mask=m_t, other=1)
-                is_start = tl.load(starts + i_t + k, mask=m_t, other=1) != 0
-            rows += ((b_g, b_s, b_z, raw, is_start),)
-        m_before = _where((i_chunks[0] >= 0) & (i_chunks[1] != i_chunks[0]), o_d, m_d)
-        b_s_before = tl.load(smoothed + i_chunks[0] * D + o_d, mask=m_before, other=0)
-        i_nexts = _chunks(chunk, i_t - ROWS, i_start, ROWS)
+                raw = tl.load(p + i_t + k, mask=is_open, other=1)
+                is_start = tl.load(starts + i_t + k, mask=is_open, other=1) != 0
+            rows += ((b_g, b_before, b_z, raw, is_start),)
+        i_nexts = _chunks(chunk, i_t - ROWS, T, ROWS)
         for k in tl.static_range(ROWS - 1, -1, -1):
-            b_g, b_s, b_z, raw, is_start = rows[k]
-            b_g = b_g.to(tl.float32)
-            b_v = after(b_g, gate, b_v)
-            gate = 1.0
+            b_g, b_before, b_z, raw, is_start = rows[k]
+            i_c = i_chunks[k + 1]
+            b_v += b_g.to(tl.float32)
             b_dot = tl.zeros([BLOCK_D], tl.float32)
-            is_open = (i_chunks[k + 1] != i_chunks[k]) & (i_chunks[k + 1] >= 0)
             if CONFIDENCE != "none":
-                b_dot = b_g * b_s.to(tl.float32)
-                if CONFIDENCE == "of decision":
-                    b_dot = tl.where(is_open, b_dot, -b_dot)
-            if is_open & (i_t + k >= i_start):
+                b_dot = b_g.to(tl.float32) * b_s
+            if i_c != i_chunks[k]:
                 weight = 1.0
                 gate = 0.0
+                b_s = b_before.to(tl.float32)
                 if SMOOTH:
                     weight = tl.where(raw < low, low, tl.where(raw > high, high, raw))
                     gate = tl.where(is_start, 0.0, 1 - weight)
-                    b_change = b_s_before if k == 0 else rows[k - 1][1]
-                    b_change = -tl.where(is_start, 0.0, b_change.to(tl.float32))
+                    b_change = -tl.where(is_start, 0.0, b_s)
                     if WEIGH:
                         b_change += b_z.to(tl.float32)
-                    b_dot += tl.where((raw < low) | (raw > high), 0.0, b_v * b_change)
+                    m_none = (raw < low) | (raw > high) | (i_c < 0)
+                    b_dot += tl.where(m_none, 0.0, b_v * b_change)
                 b_grad_z = b_v * weight if WEIGH else b_v
-                p_grad_z = grad_z + i_chunks[k + 1] * D + o_d
-                tl.store(p_grad_z, b_grad_z.to(grad_z.dtype.element_ty), mask=m_d)
-            tl.store(p_dots + i_t + k, tl.sum(b_dot, axis=0), mask=i_t + k >= i_start)
+                p_grad_z = grad_z + i_c * D + o_d
+                b_grad_z = b_grad_z.to(grad_z.dtype.element_ty)
+                tl.store(p_grad_z, b_grad_z, mask=_where(i_c >= 0, o_d, m_d))
+                b_v = _passes(gate, b_v)
+            dot = tl.sum(b_dot, axis=0)
+            if CONFIDENCE == "of decision":
+                dot = tl.where(i_c != i_chunks[k], dot, -dot)
+            tl.store(p_dots + i_t + k, dot, mask=i_t + k < T)
+        i_t -= ROWS
         i_chunks = i_nexts
 
 
