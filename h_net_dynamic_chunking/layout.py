@@ -13,6 +13,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops.compaction import Segmentation, gather_rows
 from h_net_dynamic_chunking.ops.packing import check_cu_seqlens, cu_seqlens_from_lens
+from h_net_dynamic_chunking.ops.places import padded_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,31 +131,19 @@ def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) ->
         shape = (outer.batch, segmentation.most_chunks)
         if shape[0] * shape[1] == chunks:
             return Layout(cu_chunks, shape)
-    return _grid_layout(cu_chunks, segmentation.chunk_grid, chunks)
+    return _grid_layout(cu_chunks, segmentation.most_chunks, chunks)
 
 
-def _grid_layout(cu_seqlens: Tensor, grid: Tensor, total: int) -> Layout:
-    """The layout of sequences whose packed positions stand in the rows of `grid`, -1 at a pad."""
-    inverse = grid.flatten()
-    # Every padded place of a real position writes its own number; the pads write to a spare slot.
-    places = torch.arange(inverse.shape[0], device=grid.device)
-    index = torch.full((total + 1,), -1, dtype=torch.int64, device=grid.device)
-    index.scatter_(0, inverse.where(inverse >= 0, total), places)
-    return Layout(cu_seqlens, tuple(grid.shape), index[:total], inverse)
+def _grid_layout(cu_seqlens: Tensor, length: int, total: int) -> Layout:
+    """The layout of sequences of which each has a padded row of this length."""
+    index, inverse = padded_places(cu_seqlens, length, total)
+    return Layout(cu_seqlens, (cu_seqlens.shape[0] - 1, length), index, inverse)
 
 
 def padded_view(layout: Layout) -> Layout:
     """The padded layout of packed sequences. Reads the length of the longest one on the host."""
-    lens = layout.lens
-    longest = int(lens.amax()) if layout.batch else 0
-    return _grid_layout(layout.cu_seqlens, _grid(layout.cu_seqlens, longest), layout.shape[0])
-
-
-def _grid(cu_seqlens: Tensor, length: int) -> Tensor:
-    """int64 (batch, length): the packed position in each padded place, -1 at a pad."""
-    steps = torch.arange(length, device=cu_seqlens.device)
-    grid = cu_seqlens[:-1, None].to(torch.int64) + steps
-    return grid.masked_fill_(grid >= cu_seqlens[1:, None], -1)
+    longest = int(layout.lens.amax()) if layout.batch else 0
+    return _grid_layout(layout.cu_seqlens, longest, layout.shape[0])
 
 
 def _jagged_layout(tokens: Tensor, has_lengths_too: bool) -> Layout:
@@ -192,7 +181,7 @@ def _ragged_layout(tokens: Tensor, lens: Tensor, static: bool) -> Layout:
     check_lens(lens, batch, length)
     cu_seqlens = cu_seqlens_from_lens(lens.to(tokens.device))
     total = batch * length if static else int(lens.sum())
-    return _grid_layout(cu_seqlens, _grid(cu_seqlens, length), total)
+    return _grid_layout(cu_seqlens, length, total)
 
 
 def check_lens(lens: Tensor, batch: int, length: int) -> None:

@@ -29,6 +29,7 @@ from h_net_dynamic_chunking.ops.packing import (
     sequence_of_position,
     sequence_starts,
 )
+from h_net_dynamic_chunking.ops.places import padded_places
 from h_net_dynamic_chunking.ops.registration import operation
 
 
@@ -55,9 +56,8 @@ class Segmentation(NamedTuple):
     @property
     def chunk_grid(self) -> Tensor:
         """int64 (batch, most chunks): the chunks of each sequence, side by side; -1 where none."""
-        steps = torch.arange(self.most_chunks, device=self.cu_chunks.device)
-        grid = self.cu_chunks[:-1, None] + steps
-        return grid.masked_fill_(grid >= self.cu_chunks[1:, None], -1)
+        _, grid = padded_places(self.cu_chunks, self.most_chunks, len(self.boundary_positions))
+        return grid.view(len(self.cu_chunks) - 1, self.most_chunks)
 
     def select(self, x: Tensor, ahead: Tensor | None = None) -> Tensor:
         """The rows of x (total, dim) where the chunks open: (chunks, dim), 0 in the tail.

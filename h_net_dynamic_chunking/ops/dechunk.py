@@ -153,13 +153,15 @@ def _dechunk(
     if runs_on_triton(z, residual, len(probs)):
         from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
 
+        if residual is not None and weight is not None:
+            residual = product(residual, weight, rounded_to=dtype)
         return dechunk_fwd(
             z,
             probs,
             chunk_of_position,
             positions,
             starts,
-            residual if residual is None or weight is None else product(residual, weight),
+            residual,
             bias,
             dtype,
             weigh_input=weigh_input,

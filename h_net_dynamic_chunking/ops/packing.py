@@ -101,6 +101,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts to on the device of x; None where it is off."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def row_tiles(x: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of x: cache-sized ones on a CPU, a single one elsewhere.
 

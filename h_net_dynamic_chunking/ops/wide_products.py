@@ -2,8 +2,13 @@
 
 A GPU multiplies float32 matrices some fifteen times slower than bfloat16 ones. Products of bfloat16
 numbers are exact in float32, in which the tensor cores add them up; so a float32 weight goes there
-as a sum of bfloat16 parts, of 8 bits each: three hold its 24 bits. To the gradient of x, which is
-rounded to 8 bits, the third would add nothing. All else is multiplied in float32, or float64.
+as a sum of bfloat16 parts, of 8 bits each: three hold its 24 bits. To what is then rounded to 8 or
+11 bits, as the gradient of x is, the third would add nothing. All else, and rows so few that the
+splitting takes longer, is multiplied in float32, or float64.
+
+Tensor cores cut off what they add where float32 would round it. Over some thousand terms that is
+as exact, but over the positions of a batch, which the gradient of the weight sums, it is not: of
+65536 terms the error was 20 times that of float32 (H200). So a float32 one is summed in pieces.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype, autocast_dtype
+
+# Terms that tensor cores add up.
+_PIECE = 4096
+# Rows up to which a product in float32 is as fast: 28 us with 64 rows of 1024, and 5 with one,
+# where three parts take 30 (H200).
+_FEW = 64
 
 
 def splits(*factors: Tensor) -> bool:
     """Whether products of such matrices go to the tensor cores: bfloat16, or a float32 weight."""
     first, *others = factors
+    if len(first) <= _FEW and any(other.dtype == torch.float32 for other in others):
+        return False
     return (
         first.is_cuda
         and torch.version.hip is None
@@ -27,8 +40,13 @@ def splits(*factors: Tensor) -> bool:
     )
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y, without autograd."""
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    rounded_to: torch.dtype = torch.float32,
+) -> Tensor:
+    """y, without autograd; as exact as it must be to be rounded to that dtype."""
     with _without_autocast(x):
         if not splits(x, weight):
             dtype = accumulation_dtype(x.dtype)
@@ -36,7 +54,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
         # The small parts first, so that the large one is added to less rounding.
         y = None
-        for part in reversed(_parts(weight, 3)):
+        for part in reversed(_parts(weight, 2 if rounded_to.itemsize == 2 else 3)):
             y = _multiply(x, part.t(), y)
         assert y is not None
         return y if bias is None else y.add_(bias)
@@ -57,7 +75,8 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, 
             torch.addmm(grad_x, grad, high, out=grad_x)
         else:
             grad_x = torch.mm(grad, high)
-        return grad_x, _multiply(grad.t(), x).to(weight.dtype), grad_bias
+        grad_weight = _sum_of_outer(grad, x) if low else _multiply(grad.t(), x).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 def _parts(weight: Tensor, most: int) -> list[Tensor]:
@@ -77,7 +96,22 @@ def _multiply(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     return torch.addmm(plus, a, b, out_dtype=torch.float32, out=plus)
 
 
+def _sum_of_outer(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of bfloat16 a (total, m) and b (total, n), in float32 as exact as its sums are."""
+    pieces = len(a) // _PIECE
+    if pieces < 2:
+        return _multiply(a.t(), b)
+    whole = pieces * _PIECE
+    first = [x[:whole].view(pieces, _PIECE, x.shape[1]) for x in (a, b)]
+    product = _multiply_batched(first[0].transpose(1, 2), first[1]).sum(0)
+    return _multiply(a[whole:].t(), b[whole:], product) if whole < len(a) else product
+
+
+def _multiply_batched(a: Tensor, b: Tensor) -> Tensor:
+    """a b of batches of bfloat16 matrices, in float32."""
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    off = autocast_dtype(x) is None
+    return nullcontext() if off else torch.autocast(x.device.type, enabled=False)

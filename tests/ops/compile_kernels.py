@@ -24,6 +24,7 @@ from h_net_dynamic_chunking.ops._triton import (
     gated_norm,
     gather,
     partial_sums,
+    places,
     ratio,
     rms_norm,
     rotary,
@@ -47,6 +48,7 @@ MODULES = (
     gated_norm,
     gather,
     partial_sums,
+    places,
     ratio,
     rms_norm,
     rotary,
@@ -81,7 +83,13 @@ def main() -> None:
         signature = {name: _type(value) for name, value in arguments.items()}
         signature |= dict.fromkeys(constants, "constexpr")
         target = GPUTarget("cuda", 90, 32)
-        source = ASTSource(kernel, signature, constants)
+        # As launches find them, which Triton compiles differently.
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, value in enumerate(arguments.values())
+            if isinstance(value, Tensor)
+        }
+        source = ASTSource(kernel, signature, constants, aligned)
         triton.compile(
             source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True}
         )
@@ -115,14 +123,20 @@ def call_launchers() -> None:
     ratio.ratio_loss_fwd(mask, p, cu_seqlens, 6.0)
     ratio.ratio_loss_bwd(p.sum(), p.sum(), p, cu_seqlens)
     walked = s.chunk_of_position, s.boundary_positions
-    for short_memory in (False, True):
+    places.padded_places(cu_seqlens, 60, total)
+    # A residual as it comes, and as its projection makes it, with a bias of either dtype.
+    for short_memory, residual, bias in (
+        (False, x, torch.randn(dim)),
+        (True, x.float(), torch.randn(dim)),
+        (True, x.float(), torch.randn(dim).bfloat16()),
+    ):
         dechunk_forward.dechunk_fwd(
             z,
             p,
             *walked,
             s.starts,
-            x,
-            torch.randn(dim),
+            residual,
+            bias,
             x.dtype,
             weigh_input=True,
             clamp=None,

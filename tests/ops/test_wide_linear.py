@@ -66,6 +66,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         monkeypatch.setattr(products, "splits", lambda *_: True)
         monkeypatch.setattr(products, "_multiply", multiply)
+        monkeypatch.setattr(products, "_multiply_batched", lambda a, b: a.float() @ b.float())
 
 
 @pytest.mark.usefixtures("emulated")
@@ -86,6 +87,27 @@ def test_bfloat16_products_are_as_exact_as_float32_ones(dtype: torch.dtype) -> N
     for got, want in zip(gradients, exact_gradients, strict=True):
         error = (got.double() - want.double()).abs().max() / want.double().abs().max()
         assert error <= torch.finfo(got.dtype).eps, f"{got.dtype} {float(error):.2g}"
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("rows", [15, 16, 48, 50])
+def test_long_sums_come_in_pieces(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_PIECE", 16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, grad = (randn(rows, 8, seed=s, device=device).detach().bfloat16() for s in (0, 1))
+    _, grad_weight, _ = products.gradients(grad, x, torch.zeros(8, 8, device=device))
+    torch.testing.assert_close(grad_weight, (grad.double().T @ x.double()).float())
+
+
+@pytest.mark.usefixtures("emulated")
+def test_two_parts_do_where_the_result_is_rounded() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = randn(100, 64, device=device).detach().bfloat16()
+    weight = randn(64, 64, seed=2, device=device).detach().float()
+    exact = x.double() @ weight.double().T
+    got = products.product(x, weight, rounded_to=torch.bfloat16).bfloat16()
+    error, least = ((y - exact).square().mean() for y in (got, exact.bfloat16()))
+    assert error <= 1.001 * least
 
 
 @pytest.mark.usefixtures("emulated")

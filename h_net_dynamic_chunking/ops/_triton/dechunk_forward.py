@@ -29,8 +29,8 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 _BLOCK_D = 256
 # Positions that are written at a time, and chunks that are loaded at a time.
 _ROWS, _CHUNKS = 4, 4
-# Chunks that are looked back over at a time, where that may be far.
-_FAR = 32
+# Chunks that are looked back over at a time: where that is near, and where it may be far.
+_NEAR, _FAR = 8, 32
 
 
 @triton.jit
@@ -175,6 +175,7 @@ def dechunk_fwd_kernel(
     LOOKS_BACK: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    NEAR: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
@@ -189,7 +190,7 @@ def dechunk_fwd_kernel(
         if LOOKS_BACK:
             i_c = tl.load(chunk + i_start - 1, mask=i_start > 0, other=-1)
             b_state, _passed = _look_back(
-                z, p, positions, starts, i_c, -1, o_d, m_d, low, high, D, WEIGH, 8, NEGLIGIBLE
+                z, p, positions, starts, i_c, -1, o_d, m_d, low, high, D, WEIGH, NEAR, NEGLIGIBLE
             )
         elif SMOOTH:
             b_state = carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
@@ -336,7 +337,8 @@ def _forward(
         {
             **tensors,
             "residual": z if residual is None else residual.contiguous(),
-            "bias": z if bias is None else bias.contiguous(),
+            # Triton 3.6 fails to compile this kernel for a bias in bfloat16.
+            "bias": z if bias is None else bias.float().contiguous(),
             **passed,
             "out": out,
             "smoothed": smoothed,
@@ -351,6 +353,7 @@ def _forward(
             "LOOKS_BACK": short_memory,
             "ROWS": _ROWS,
             "CHUNKS": _CHUNKS,
+            "NEAR": _NEAR,
             **walk.constants,
         },
         num_warps=1,
