@@ -34,12 +34,12 @@ class Operation:
         wants_grad = torch.is_grad_enabled()
         if wants_grad and self._refuses:
             return _Refusing.apply(self._name, self._overload, *arguments)  # type: ignore[no-untyped-call]  # torch's
-        if torch.compiler.is_compiling() or _is_watched():
+        if torch.compiler.is_compiling() or is_watched():
             return self._overload(*arguments)
         needs_grad = False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                if type(argument) not in _PLAIN:
+                if type(argument) not in PLAIN:
                     return self._overload(*arguments)
                 needs_grad |= argument.requires_grad
         if wants_grad and needs_grad:
@@ -81,10 +81,11 @@ class Operation:
         self._refuses = True
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Types of tensors that are no more than tensors.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether something is active that wants to see operations, and not what they consist of."""
     return bool(
         torch._C._len_torch_dispatch_stack()
