@@ -2,23 +2,26 @@
 
 What a step reads and writes stays on the device, in tensors that are changed in place and keep
 their shape, so that choosing and reading can be captured as one CUDA graph. The host looks at the
-bytes once a step, or every few steps on an accelerator, to see whether a row is left.
+bytes once a step, or every few steps on an accelerator, to see whether a row is left. A step writes
+a byte to every row that goes on, or, where rows wait for each other, to some of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.byte_chunks import byte_chunks
 from h_net_dynamic_chunking.config import HNetConfig
-from h_net_dynamic_chunking.lm_inference import check_plan
 from h_net_dynamic_chunking.ops.backend import uses_triton
+from h_net_dynamic_chunking.recording import can_record
 from h_net_dynamic_chunking.sampling import Sampling, draw, uniforms
-from h_net_dynamic_chunking.step_graphs import can_record
 from h_net_dynamic_chunking.stopping import NOTHING_YET, StopStrings, ends_with_any
+from h_net_dynamic_chunking.waiting import depths, usual_periods
+
+Plan = Literal["auto", "compact", "masked", "waiting"]
 
 BYTE_VALUES = 256
 BOS = 254
@@ -33,6 +36,8 @@ NO_DISTRIBUTION = -2
 STEPS_A_LOOK = 16
 # From so many steps on, recording one pays: it takes about as long as so many that are launched.
 STEPS_WORTH_RECORDING = 32
+# From so many rows on, they wait for each other on an accelerator.
+ROWS_THAT_WAIT = 9
 
 
 class SteppingModel(Protocol):
@@ -54,10 +59,10 @@ class Block(NamedTuple):
 
     contents: list[bytes]
     """The new bytes of each row."""
-    logprobs: Tensor | None
-    """float32 (batch, steps): of the bytes, under the model; where there is none, anything."""
-    depths: Tensor | None
-    """uint8 (batch, steps): at how many stages each byte opens a chunk."""
+    logprobs: list[Tensor] | None
+    """float32 (bytes,) of each row: of the bytes, under the model."""
+    depths: list[Tensor] | None
+    """uint8 (bytes,) of each row: at how many stages each byte opens a chunk."""
     active: list[bool]
     """Which rows go on."""
 
@@ -74,10 +79,13 @@ class Decoding:
         stops: strings that end a row.
         bos: whether the model reads BOS before the prompt.
         eos: whether EOS ends a row; without, it is a byte like any other.
-        plan: of `model.step`, which must also take a batch in which no row is active.
+        plan: of `model.step`, which must also take a batch in which no row is active; "waiting"
+            lets rows that open a chunk wait for others, see `waiting`. "auto" may mean any.
         keep_logprobs: whether blocks have log-probabilities.
         keep_depths: whether blocks have depths. Then the model reads the last bytes too.
         each_step: look at the bytes after each step, wherever the model is.
+        periods: where rows wait, steps of each level for one of the next, outermost first; None
+            goes by the chunks of the prompts.
 
     Raises:
         ValueError: an argument that cannot be, by name. The model has not run then.
@@ -98,10 +106,14 @@ class Decoding:
         keep_logprobs: bool = False,
         keep_depths: bool = False,
         each_step: bool = False,
+        periods: Sequence[int] | None = None,
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "allocate_inference_cache"):
             raise ValueError(f"model must be an HNetLM, got {type(model).__name__}")
         check_generation(model.config, prompts, max_new_bytes, bos, plan)
+        if plan == "waiting" and (keep_depths or not model.config.stages):
+            why = "depths are kept" if keep_depths else "there is no stage"
+            raise ValueError(f"plan must be another than 'waiting' where {why}")
         device = next(model.parameters()).device
         batch = len(prompts)
         self.prompt_depths: list[Tensor] = []
@@ -115,6 +127,7 @@ class Decoding:
         self._keep_logprobs = keep_logprobs
         self._keep_depths = keep_depths
         self._max_new_bytes = max_new_bytes
+        self._periods = periods
         self._steps_a_look = 1 if each_step or device.type == "cpu" else STEPS_A_LOOK
 
         self._parameters = sampling.parameters(batch, device)
@@ -123,7 +136,6 @@ class Decoding:
 
         # The state of the rows.
         vocab = model.config.vocab_size
-        self._step = torch.full((1,), -1, device=device)
         self._logits = torch.zeros(batch, vocab, device=device)
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._active = torch.ones(batch, dtype=torch.bool, device=device)
@@ -131,7 +143,9 @@ class Decoding:
         self._recent = torch.full((batch, stops.longest), NOTHING_YET, device=device)
         self._seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device)
 
-        # What it left behind, a column a step.
+        # What they wrote, a column a byte, and how much of it the host has seen.
+        self._written = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._looked = self._written.clone()
         columns = (batch, max_new_bytes)
         self._values = torch.full(columns, NO_BYTE, dtype=torch.int16, device=device)
         self._logprobs = torch.zeros(columns, device=device)
@@ -143,43 +157,49 @@ class Decoding:
             return
         with evaluating(self._model.modules()):
             self._prefill()
-            read_and_choose = self._recorded() or self._read_and_choose
-            looked = 0
-            self._choose()
-            for step in range(1, self._max_new_bytes + 1):
+            self._choose(self._logits)
+            step = self._next_step()
+            steps = since_look = 0
+            while True:
+                steps, since_look = steps + 1, since_look + 1
                 if self._keep_depths:
                     self._read()
-                last = step == self._max_new_bytes
-                if last or step - looked == self._steps_a_look:
-                    block = self._look(looked, step)
-                    looked = step
+                # No row is full before.
+                if since_look == self._steps_a_look or steps == self._max_new_bytes:
+                    since_look = 0
+                    block = self._look()
                     yield block
                     if not any(block.active):
                         return
-                if self._keep_depths:
-                    self._choose()
-                else:
-                    read_and_choose()
+                step()
 
-    def _recorded(self) -> Callable[[], None] | None:
-        """`_read_and_choose` as CUDA graphs, where the model can record its step."""
+    def _next_step(self) -> Callable[[], None]:
+        """What makes new bytes out of those that are there, which are read already with depths."""
+        if self._keep_depths:
+            return lambda: self._choose(self._logits)
+        waits = self._plan == "waiting"
+        on_a_gpu = can_record(self._ids) and self._max_new_bytes >= STEPS_WORTH_RECORDING
+        if self._plan == "auto" and on_a_gpu and hasattr(self._model, "waiting_step"):
+            waits = self._model.config.stages > 0 and len(self._prompts) >= ROWS_THAT_WAIT
+        if waits:
+            return self._waiting()
         record = getattr(self._model, "record_step", None)
-        worth_it = self._max_new_bytes >= STEPS_WORTH_RECORDING and not self._keep_depths
-        if record is None or not can_record(self._ids) or self._plan == "compact" or not worth_it:
-            return None
+        if on_a_gpu and record is not None and self._plan != "compact":
+            # What is chosen is what the next step reads.
+            graphs = record(self._cache, self._ids.squeeze(1), self._reads, after=self._choose)
+            replay: Callable[[], None] = graphs.replay
+            return replay
+        return self._read_and_choose
 
-        def choose(logits: Tensor) -> None:
-            self._logits.copy_(logits)
-            self._choose()
-
-        # What is chosen is what the next step reads.
-        graphs = record(self._cache, self._ids.squeeze(1), self._reads, after=choose)
-        replay: Callable[[], None] = graphs.replay
-        return replay
+    def _waiting(self) -> Callable[[], None]:
+        model: Any = self._model
+        run = model.waiting_step(self._cache, self._ids.squeeze(1), self._reads, self._choose)
+        rhythm = depths(self._periods or usual_periods(self._cache.backbone))
+        return lambda: run(next(rhythm))
 
     def _read_and_choose(self) -> None:
         self._read()
-        self._choose()
+        self._choose(self._logits)
 
     @torch.no_grad()
     def _prefill(self) -> None:
@@ -203,51 +223,62 @@ class Decoding:
             ]
 
     @torch.no_grad()
-    def _choose(self) -> None:
-        """The next byte of each row, and whether the row goes on. The host reads nothing."""
-        self._step += 1
-        if self._parameters.filters_nothing and uses_triton(self._logits):
-            self._draw_by_kernel()
+    def _choose(self, logits: Tensor, whose: Tensor | None = None) -> None:
+        """The next byte of the rows `whose` logits these are, or of all, where they go on.
+
+        And whether they do, after it. The host reads nothing.
+        """
+        turns = self._active if whose is None else self._active & whose
+        if self._parameters.filters_nothing and uses_triton(logits):
+            turns = turns.clone() if self._recent.shape[1] else turns
+            self._draw_by_kernel(logits, turns)
         else:
-            self._draw()
+            turns = turns.clone()
+            self._draw(logits, turns)
         if self._parameters.repetition_penalty is not None:
             self._seen.scatter_(1, self._ids, True)
         if self._recent.shape[1]:
-            writes = self._active.clone()
-            self._recent.copy_(torch.cat([self._recent[:, 1:], self._ids], dim=1))
-            self._active &= ~ends_with_any(self._recent, self._patterns)
-            self._reads.copy_(writes if self._keep_depths else self._active)
+            moved = torch.cat([self._recent[:, 1:], self._ids], dim=1)
+            self._recent.copy_(moved.where(turns.unsqueeze(1), self._recent))
+            self._active &= ~(turns & ends_with_any(self._recent, self._patterns))
+            if not self._keep_depths:
+                self._reads &= self._active
 
-    def _draw(self) -> None:
-        """Fill `_ids`, the columns of this step, and `_active` and `_reads` where rows end."""
-        uniform = self._uniforms.index_select(1, self._step)
-        ids, logprobs = draw(self._logits, uniform, self._parameters, self._seen)
+    def _draw(self, logits: Tensor, turns: Tensor) -> None:
+        """The next bytes of the rows `turns`, and `_active` and `_reads` where rows end."""
+        column = self._written.clamp(max=self._max_new_bytes - 1).unsqueeze(1)
+        uniform = self._uniforms.gather(1, column)
+        ids, logprobs = draw(logits, uniform, self._parameters, self._seen)
         broken = logprobs.isnan()
         ends = broken | (ids == EOS) if self._eos else broken
-        writes = self._active & ~ends
-        values = ids.where(writes, NO_BYTE).where(~(self._active & broken), NO_DISTRIBUTION)
-        self._values.index_copy_(1, self._step, values.to(torch.int16).unsqueeze(1))
-        self._logprobs.index_copy_(1, self._step, logprobs.unsqueeze(1))
-        self._ids.copy_(ids.unsqueeze(1))
-        self._active.copy_(writes)
-        self._reads.copy_(writes)
+        writes = turns & ~ends
+        values = ids.where(writes, NO_BYTE).where(~(turns & broken), NO_DISTRIBUTION)
+        for record, new in ((self._values, values), (self._logprobs, logprobs)):
+            new = new.to(record.dtype).unsqueeze(1)
+            record.scatter_(1, column, new.where(turns.unsqueeze(1), record.gather(1, column)))
+        self._ids.copy_(ids.where(turns, self._ids.squeeze(1)).unsqueeze(1))
+        self._written += writes
+        full = self._written == self._max_new_bytes
+        self._active.copy_(torch.where(turns, writes & ~full, self._active))
+        self._reads.copy_(writes if self._keep_depths else writes & ~full)
 
-    def _draw_by_kernel(self) -> None:
+    def _draw_by_kernel(self, logits: Tensor, turns: Tensor) -> None:
         """`_draw` in one launch in place of tens."""
         from h_net_dynamic_chunking.ops._triton.choose_step import choose_step
 
         choose_step(
-            self._logits,
+            logits,
             self._uniforms,
             self._parameters.temperature,
-            self._step,
+            turns,
+            self._written,
             self._active,
             self._reads,
             self._ids,
             self._values,
             self._logprobs,
             eos=EOS if self._eos else None,
-            no_byte=NO_BYTE,
+            reads_last=self._keep_depths,
             no_distribution=NO_DISTRIBUTION,
         )
 
@@ -257,21 +288,37 @@ class Decoding:
         out = self._model.step(self._ids, self._cache, active=self._reads, plan=self._plan)
         self._logits.copy_(out.logits[:, -1])
         if self._keep_depths:
-            depths = torch.zeros_like(self._ids, dtype=torch.uint8)
+            opened = torch.zeros_like(self._ids, dtype=torch.uint8)
             for stage in out.stages:
-                depths += stage.boundary_mask.unsqueeze(1)
-            self._depths.index_copy_(1, self._step, depths)
+                opened += stage.boundary_mask.unsqueeze(1)
+            column = (self._written - 1).clamp(min=0).unsqueeze(1)
+            old = self._depths.gather(1, column)
+            self._depths.scatter_(1, column, opened.where(self._reads.unsqueeze(1), old))
 
-    def _look(self, start: int, end: int) -> Block:
-        """Columns `start` to `end` of the record."""
+    def _look(self) -> Block:
+        """What was written since the last look, at most a byte a step."""
+        steps = torch.arange(self._steps_a_look, device=self._looked.device)
+        columns = self._looked.unsqueeze(1) + steps
+        behind = columns >= self._max_new_bytes
+        columns = columns.clamp(max=self._max_new_bytes - 1)
+        values = self._values.gather(1, columns).where(~behind, NO_BYTE)
         # In one tensor, because each transfer waits for the device.
-        columns = [self._values[:, start:end], self._active.to(torch.int16).unsqueeze(1)]
-        record = torch.cat(columns, dim=1).tolist()
+        state = torch.stack((self._looked, self._active), dim=1)
+        record = torch.cat((values, state), dim=1).tolist()
+        contents = [_written(row[:-2], row[-2], i) for i, row in enumerate(record)]
+        self._looked.copy_(self._written)
+
+        def of_bytes(kept: bool, table: Tensor) -> list[Tensor] | None:
+            if not kept:
+                return None
+            rows = zip(table.gather(1, columns).cpu(), contents, strict=True)
+            return [row[: len(content)] for row, content in rows]
+
         return Block(
-            [_written(row[:-1], start, i) for i, row in enumerate(record)],
-            self._logprobs[:, start:end].cpu() if self._keep_logprobs else None,
-            self._depths[:, start:end].cpu() if self._keep_depths else None,
-            [bool(row[-1]) and end < self._max_new_bytes for row in record],
+            contents,
+            of_bytes(self._keep_logprobs, self._logprobs),
+            of_bytes(self._keep_depths, self._depths),
+            [bool(row[-1]) for row in record],
         )
 
 
@@ -312,7 +359,8 @@ def check_generation(
         )
     if isinstance(max_new_bytes, bool) or not isinstance(max_new_bytes, int) or max_new_bytes < 0:
         raise ValueError(f"max_new_bytes must be an int of at least 0, got {max_new_bytes!r}")
-    check_plan(plan)
+    if plan not in get_args(Plan):
+        raise ValueError(f"plan must be one of {', '.join(get_args(Plan))}, got {plan!r}")
     empty = [str(row) for row, prompt in enumerate(prompts) if not prompt]
     if empty and not bos:
         raise ValueError(

@@ -70,8 +70,6 @@ class Entered(NamedTuple):
     """float32 (rows,): probability that it opens a chunk."""
     opens: Tensor
     """bool (rows,): whether it does."""
-    chunks: Tensor
-    """(rows, dim_inner): what goes on to the network where it does."""
 
 
 class HNetInference(nn.Module):
@@ -197,16 +195,24 @@ class HNetInference(nn.Module):
         probs, opens = chunker_inference.route_step(
             self.chunker, encoded, cache.chunker, rows, given
         )
-        chunks = encoded
-        if self.chunker.multiply_by_prob:
-            chunks = chunks * probs[:, None].to(chunks.dtype)
-        return Entered(encoded, probs, opens, self.width_in(chunks))
+        return Entered(encoded, probs, opens)
 
-    def leave(self, z: Tensor, entered: Entered, cache: HNetCache, rows: Rows) -> Tensor:
-        """The way out; z (rows, dim_inner) is what the network made of the chunks that opened."""
+    def chunks(self, entered: Entered) -> Tensor:
+        """(rows, dim_inner): what goes on to the network, in the rows that opened a chunk."""
+        chunks = entered.encoded
+        if self.chunker.multiply_by_prob:
+            chunks = chunks * entered.probs[:, None].to(chunks.dtype)
+        inner: Tensor = self.width_in(chunks)
+        return inner
+
+    def leave(self, z: Tensor | None, entered: Entered, cache: HNetCache, rows: Rows) -> Tensor:
+        """The way out; z (rows, dim_inner) is what the network made of the chunks that opened.
+
+        None where none did.
+        """
         expanded = chunker_inference.upsample_step(
             self.chunker,
-            self.width_out(z),
+            entered.encoded if z is None else self.width_out(z),
             Routed(entered.probs, entered.opens),
             entered.encoded,
             cache.chunker,
@@ -225,7 +231,7 @@ class HNetInference(nn.Module):
         boundary_masks: Sequence[Tensor | None],
     ) -> tuple[Tensor, tuple[Decision, ...]]:
         """What the network makes of the chunks (rows, dim_inner), and what it decided."""
-        opens, chunks = entered.opens, entered.chunks
+        opens, chunks = entered.opens, self.chunks(entered)
         if masked:
             return self._step_network(chunks, cache, rows.only(opens), True, boundary_masks)
         chosen = opens.nonzero().flatten()  # the host read of the compact plan
@@ -365,6 +371,15 @@ class HNetInference(nn.Module):
     @property
     def _device(self) -> torch.device:
         return self.chunker.to_queries_keys.weight.device
+
+
+def stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache]]:
+    """The stages of a backbone that have a chunker, and their caches, outermost first."""
+    stages = []
+    while isinstance(backbone, HNetInference):
+        stages.append((backbone, cache))
+        backbone, cache = unwrapped(backbone.network), cache.network
+    return stages
 
 
 def spread(decision: Decision, index: Tensor, count: int) -> Decision:

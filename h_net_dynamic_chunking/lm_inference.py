@@ -6,6 +6,7 @@ ended are left out with `active`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -21,8 +22,10 @@ from h_net_dynamic_chunking.layers import Isotropic
 from h_net_dynamic_chunking.layout import layout_of, padded_view
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
 from h_net_dynamic_chunking.ops.backend import Backend, chosen_backend
+from h_net_dynamic_chunking.recording import Recording, can_record
 from h_net_dynamic_chunking.sequence_module import unwrapped
-from h_net_dynamic_chunking.step_graphs import StepGraphs, can_record
+from h_net_dynamic_chunking.step_graphs import StepGraphs
+from h_net_dynamic_chunking.waiting import WaitingStep
 
 Plan = Literal["auto", "compact", "masked"]
 
@@ -240,6 +243,33 @@ class LMInference(nn.Module):
             None if isinstance(cache.backbone, HNetCache) else cache.positions,
             after,
         )
+
+    @torch.no_grad()
+    def waiting_step(
+        self,
+        cache: InferenceCache,
+        ids: Tensor,
+        reads: Tensor,
+        choose: Callable[[Tensor, Tensor], None],
+    ) -> Callable[[int], None]:
+        """A step in which rows wait; see `WaitingStep`. On a GPU it is recorded.
+
+        Takes the depth. A model without stages has none.
+
+        Raises:
+            ValueError: a cache that is not of this model.
+        """
+        self._checked(cache, len(ids), 0, ALL_ROWS, None)
+        step = WaitingStep(
+            self.embeddings, self._stack, self.lm_head, cache.backbone, ids, reads, choose
+        )
+        if not can_record(ids):
+            return step.run
+
+        def pieces() -> list[Callable[[], None]]:
+            return [partial(step.run, depth) for depth in range(step.depth + 1)]
+
+        return Recording(pieces, cache.backbone, step.waits).run
 
     def _step_rows(
         self,

@@ -1,17 +1,12 @@
-"""The masked step of an HNetLM as CUDA graphs: what the host would launch, launched at once.
+"""The masked step of an HNetLM as CUDA graphs; see `recording`.
 
 A step has static shapes, so that it is recorded once and replayed for each byte. For many rows it
 is one graph. For few rows it is cut where a stage is entered and left: after the way in, the host
 reads whether any row opened a chunk, and leaves out all that is inside where none did.
 
     enter 0 | enter 1 | ... | main network | ... | leave 1 | leave 0 and head
-
-The recorded kernels hold the addresses of the caches. Where attention may see many positions, its
-caches get slots for all of them at once if these take little of the free memory; else they grow,
-in a step or when a piece of text is read between two of them, and everything is recorded again.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,22 +14,11 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.cache import Positions, Rows
-from h_net_dynamic_chunking.h_net_inference import Decision, Entered, HNetCache, HNetInference
-from h_net_dynamic_chunking.layers import AttentionCache
-from h_net_dynamic_chunking.sequence_module import unwrapped
+from h_net_dynamic_chunking.h_net_inference import Decision, Entered, stages_of
+from h_net_dynamic_chunking.recording import Recording
 
 # Up to so many rows it happens often enough that none of them opens a chunk.
 _ROWS_THAT_REST = 8
-# Share of the free memory that slots may take before there are positions for them.
-_FREE_SHARE = 0.1
-
-
-def can_record(ids: Tensor) -> bool:
-    """Whether a step that reads these ids is recorded: on a GPU, and outside of autocast.
-
-    Autocast casts weights once and keeps them for as long as it is on, which a graph outlives.
-    """
-    return ids.is_cuda and not torch.is_autocast_enabled("cuda")
 
 
 class StepGraphs:
@@ -66,27 +50,20 @@ class StepGraphs:
         after: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._embed, self._backbone, self._head, self._cache = embed, backbone, head, cache
-        self._stages = _stages_of(backbone, cache)
+        self._stages = stages_of(backbone, cache)
         self.ids, self.active = ids, active
         self.given = [torch.zeros_like(self.active) if is_given else None for is_given in given]
         self.given += [None] * (len(self._stages) - len(self.given))
         self._rests = len(ids) <= _ROWS_THAT_REST and bool(self._stages)
         self._fired = torch.zeros(max(len(self._stages), 1), dtype=torch.bool, pin_memory=True)
         self._fired_on_host = self._fired.numpy()  # the same memory, faster to read
-        self._attention: list[AttentionCache] = _found(cache, AttentionCache)
-        self._growing: list[AttentionCache] = []
-        self._slots: list[int] = []
         self._after = after
         self._counted = positions
-        self._all_positions: list[Positions] = _found([cache, positions], Positions)
         self._all_active = False
         self._entered: list[Entered] = []
         self._z: Tensor | None = None
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._positions: list[list[Positions]] = []
         self.logits: Tensor | None = None
-        with torch.cuda.device(ids.device):
-            self._record()
+        self._recording = Recording(self._segments, [cache, positions], [active])
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -114,77 +91,31 @@ class StepGraphs:
             self._replay_step()
 
     def _replay_step(self) -> None:
-        # Of all of them, so that one recording is enough.
-        for cache in self._growing:
-            cache.reserve(1)
-        if [cache.slots for cache in self._growing] != self._slots:
-            self._record()
+        self._recording.make_room()
         if self._rests:
             self._replay_stage(0)
         else:
-            self._replay(0)
-
-    def _replay(self, segment: int) -> None:
-        self._graphs[segment].replay()
-        for positions in self._positions[segment]:
-            positions.bound += 1
+            self._recording.replay(0)
 
     def _replay_stage(self, stage: int) -> None:
         """Segments: enter 0 .. enter S-1, the main network, leave S-1 .. leave 0."""
         depth = len(self._stages)
         if stage == depth:
-            self._replay(depth)
+            self._recording.replay(depth)
             return
-        self._replay(stage)
+        self._recording.replay(stage)
         torch.cuda.current_stream().synchronize()  # the host read of a step that may rest
         if self._fired_on_host[stage]:
             self._replay_stage(stage + 1)
         elif stage + 1 < depth:
             self._forget(stage + 1)
-        self._replay(2 * depth - stage)
+        self._recording.replay(2 * depth - stage)
 
     def _forget(self, stage: int) -> None:
         """No row came so far in: nothing was decided there."""
         for entered in self._entered[stage:]:
             entered.probs.zero_()
             entered.opens.zero_()
-
-    def _record(self) -> None:
-        """Run the step once with no row active, which changes no cache, then record it."""
-        self._make_room()
-        bounds = [positions.bound for positions in self._all_positions]
-        active = self.active.clone()
-        self.active.zero_()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for segment in self._segments():
-                segment()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graphs, self._positions = [], []
-        pool = torch.cuda.graph_pool_handle()
-        for segment in self._segments():
-            before = [positions.bound for positions in self._all_positions]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                segment()
-            self._graphs.append(graph)
-            self._positions.append(
-                [p for p, old in zip(self._all_positions, before, strict=True) if p.bound != old]
-            )
-        for positions, bound in zip(self._all_positions, bounds, strict=True):
-            positions.bound = bound
-        self.active.copy_(active)
-
-    def _make_room(self) -> None:
-        growing = [cache for cache in self._attention if not cache.ring]
-        whole = sum(cache.bytes_at_limit for cache in growing)
-        at_once = whole <= _FREE_SHARE * torch.cuda.mem_get_info(self.ids.device)[0]
-        for cache in growing:
-            cache.reserve(cache.positions.limit if at_once and cache.positions.limit else 1)
-        # The bound counts steps of rows that rest, too, so that some may grow early.
-        self._growing = [] if at_once else growing
-        self._slots = [cache.slots for cache in self._growing]
 
     def _segments(self) -> list[Callable[[], None]]:
         """What to record, in order."""
@@ -208,7 +139,8 @@ class StepGraphs:
             x, rows = self._embed(self.ids), Rows(active=self.active, checked=True)
         else:
             outer = self._entered[stage - 1]
-            x, rows = outer.chunks, Rows(active=outer.opens, checked=True)
+            x = self._stages[stage - 1][0].chunks(outer)
+            rows = Rows(active=outer.opens, checked=True)
         self._entered.append(network.enter(x, cache, rows, self.given[stage]))
         if self._rests:
             self._fired[stage : stage + 1].copy_(
@@ -225,7 +157,8 @@ class StepGraphs:
         network, cache = self._stages[-1]
         entered = self._entered[-1]
         rows = Rows(active=entered.opens, checked=True)
-        self._z, _ = network._step_network(entered.chunks, cache.network, rows, True, ())
+        chunks = network.chunks(entered)
+        self._z, _ = network._step_network(chunks, cache.network, rows, True, ())
 
     def _leave(self, stage: int) -> None:
         network, cache = self._stages[stage]
@@ -241,24 +174,3 @@ class StepGraphs:
         # Not when all runs once before it is recorded: it would choose.
         if self._after is not None and torch.cuda.is_current_stream_capturing():
             self._after(self.logits)
-
-
-def _stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache]]:
-    """The stages with a chunker and their caches, outermost first."""
-    stages = []
-    while isinstance(backbone, HNetInference):
-        stages.append((backbone, cache))
-        backbone, cache = unwrapped(backbone.network), cache.network
-    return stages
-
-
-def _found(cache: Any, wanted: type) -> list[Any]:
-    """The parts of a cache that are of a class."""
-    if isinstance(cache, wanted):
-        return [cache]
-    if isinstance(cache, (list, tuple)):
-        return [part for entry in cache for part in _found(entry, wanted)]
-    if dataclasses.is_dataclass(cache) and not isinstance(cache, type):
-        entries = [getattr(cache, entry.name) for entry in dataclasses.fields(cache)]
-        return [part for entry in entries for part in _found(entry, wanted)]
-    return []

@@ -47,8 +47,8 @@ class Continuation:
         assert block.depths is not None
         assert block.logprobs is not None
         new = block.contents[row]
-        self.depths += block.depths[row, : len(new)].tolist()
-        self.logprobs += block.logprobs[row, : len(new)].tolist()
+        self.depths += block.depths[row].tolist()
+        self.logprobs += block.logprobs[row].tolist()
         self.going = block.active[row]
         self.content += self._filter.feed(new, ended=not self.going)
         self.seconds = seconds

@@ -226,9 +226,9 @@ def test_depths_and_blocks_of_several_steps() -> None:
     assert [block.active for block in blocks][-2:] == [[False] * 3 + [True], [False] * 4]
     # BOS opened the first chunk.
     assert [depth.tolist() for depth in decoding.prompt_depths] == [[0] * len(p) for p in PROMPTS]
-    depths = torch.cat([block.depths for block in blocks], dim=1)
-    assert depths[1, :10].tolist() == [1, 0, 0, 0, 0, 0, 1, 0, 0, 0]
-    assert depths[3, :14].tolist() == [1, 0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0]
+    depths = [torch.cat(rows).tolist() for rows in zip(*(b.depths for b in blocks), strict=True)]
+    assert depths[1] == [1, 0, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert depths[3] == [1, 0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +266,7 @@ def test_results_travel() -> None:
         (["a"], {"stop": [1]}, r"stop\[0\] must be bytes or str, got int"),
         (["a"], {"seed": [1, 2]}, "seed must be an int or one for each of 1 rows, got 2"),
         (["a"], {"seed": 1.5}, "seed must be an int or one for each of 1 rows, got 1.5"),
-        (["a"], {"plan": "fast"}, "plan must be one of auto, compact, masked, got 'fast'"),
+        (["a"], {"plan": "fast"}, "plan must be one of auto, compact, masked, waiting, got 'fast'"),
         (["a"], {"stream": True, "logprobs": True}, "logprobs must be False with stream"),
     ],
 )

@@ -38,7 +38,7 @@ def gpu_model(name: str, dtype: torch.dtype) -> HNetLM:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_equal_forward(name: str, plan: str, batch: int, backend: Backend) -> None:
     """float32 within 1e-4, whatever runs the step."""
-    model, ids = gpu_model(name, torch.float32, d_state=16), random_ids(batch, LENGTH).cuda()
+    model, ids = gpu_model(name, torch.float32), random_ids(batch, LENGTH).cuda()
     with torch.no_grad(), use_backend("torch"):
         want = model(ids)
     with use_backend(backend):
@@ -52,7 +52,7 @@ def test_steps_equal_forward(name: str, plan: str, batch: int, backend: Backend)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_caches_that_grow_are_recorded_again(batch: int) -> None:
     """300 chunks of one byte, more than the 256 slots that attention begins with."""
-    model, ids = gpu_model("one_stage", torch.float32, d_state=16), random_ids(batch, 300).cuda()
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(batch, 300).cuda()
     every = torch.ones(batch, dtype=torch.bool, device="cuda")
     with torch.no_grad():
         want = model(ids, boundary_masks=[every[:, None].expand(-1, 300)]).logits
@@ -68,8 +68,8 @@ def test_caches_that_a_piece_grows_are_recorded_again(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slots are not there at once, and 300 bytes are read between two steps."""
-    monkeypatch.setattr("h_net_dynamic_chunking.step_graphs._FREE_SHARE", 0)
-    model, ids = gpu_model("one_stage", torch.float32, d_state=16), random_ids(batch, 310).cuda()
+    monkeypatch.setattr("h_net_dynamic_chunking.recording._FREE_SHARE", 0)
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(batch, 310).cuda()
     every = torch.ones(batch, 310, dtype=torch.bool, device="cuda")
     with torch.no_grad():
         want = model(ids, boundary_masks=[every]).logits
@@ -116,7 +116,7 @@ def test_bfloat16(name: str, batch: int) -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_each_step_in_an_autocast_of_its_own(batch: int) -> None:
     """Its casts of the weights are gone after each."""
-    model, ids = gpu_model("one_stage", torch.float32, d_state=16), random_ids(batch, 20).cuda()
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(batch, 20).cuda()
     outs = []
     for plan in ("auto", "masked", "compact"):
         cache = model.allocate_inference_cache(batch, 20)
@@ -134,7 +134,7 @@ def test_each_step_in_an_autocast_of_its_own(batch: int) -> None:
 
 def test_a_cache_is_stepped_by_either_backend() -> None:
     """One step each in turn, on one cache: the one of now, not the one that was recorded."""
-    model, ids = gpu_model("one_stage", torch.float32, d_state=16), random_ids(2, 12).cuda()
+    model, ids = gpu_model("one_stage", torch.float32), random_ids(2, 12).cuda()
     cache = model.allocate_inference_cache(2, 12)
     outs = []
     for t in range(12):
@@ -162,7 +162,7 @@ def test_a_device_that_is_not_the_current_one(plan: str) -> None:
 
 def test_a_row_alone_gives_the_row_in_a_batch() -> None:
     """Greedy bytes, float32: 1 row beside 20."""
-    model, ids = gpu_model("three_stages", torch.float32, d_state=16), random_ids(20, 10).cuda()
+    model, ids = gpu_model("three_stages", torch.float32), random_ids(20, 10).cuda()
 
     def continuation(prompt: Tensor) -> Tensor:
         cache = model.allocate_inference_cache(len(prompt), 60)

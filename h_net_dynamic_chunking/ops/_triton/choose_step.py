@@ -23,17 +23,18 @@ def choose_step_kernel(
     logits_ptr,
     uniforms_ptr,
     temperature_ptr,
-    step_ptr,
+    turns_ptr,
+    written_ptr,
     active_ptr,
     reads_ptr,
     ids_ptr,
     values_ptr,
     logprobs_ptr,
     vocab,
-    steps,
+    most,
     eos,
-    no_byte,
     no_distribution,
+    READS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -42,10 +43,13 @@ def choose_step_kernel(
     let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
+    if not tl.load(turns_ptr + i_m):
+        tl.store(reads_ptr + i_m, False)
+        return
     o_v = tl.arange(0, BLOCK)
     m_v = o_v < vocab
-    step = tl.load(step_ptr)
-    column = i_m * steps + step
+    written = tl.load(written_ptr + i_m)
+    column = i_m * most + written
     logits = tl.load(logits_ptr + i_m * vocab + o_v, m_v, -float("inf")).to(tl.float32)
     temperature = tl.load(temperature_ptr + i_m)
 
@@ -62,16 +66,16 @@ def choose_step_kernel(
     of_chosen = tl.sum(tl.where(o_v == chosen, shifted, 0.0), 0)
     logprob = of_chosen - tl.log(tl.sum(tl.exp(shifted), 0))
 
-    active = tl.load(active_ptr + i_m)
     broken = logprob != logprob
-    ends = broken | (chosen == eos)
-    writes = active & (ends == 0)
-    value = tl.where(writes, chosen, tl.where(active & broken, no_distribution, no_byte))
-    tl.store(values_ptr + column, value.to(tl.int16))
+    writes = (broken | (chosen == eos)) == 0
+    goes_on = writes & (written + 1 < most)
+    value = tl.where(broken, no_distribution, chosen)
+    tl.store(values_ptr + column, value.to(tl.int16), writes | broken)
     tl.store(logprobs_ptr + column, logprob)
     tl.store(ids_ptr + i_m, chosen.to(tl.int64))
-    tl.store(active_ptr + i_m, writes)
-    tl.store(reads_ptr + i_m, writes)
+    tl.store(written_ptr + i_m, written + writes)
+    tl.store(active_ptr + i_m, goes_on)
+    tl.store(reads_ptr + i_m, writes if READS_LAST else goes_on)
 
 
 @on_its_device
@@ -79,7 +83,8 @@ def choose_step(
     logits: Tensor,
     uniforms: Tensor,
     temperature: Tensor,
-    step: Tensor,
+    turns: Tensor,
+    written: Tensor,
     active: Tensor,
     reads: Tensor,
     ids: Tensor,
@@ -87,38 +92,41 @@ def choose_step(
     logprobs: Tensor,
     *,
     eos: int | None,
-    no_byte: int,
+    reads_last: bool,
     no_distribution: int,
 ) -> None:
     """Choose, record and end rows; all but the first four are changed in place.
 
-    logits:       float32 (rows, vocab)
-    uniforms:     float32 (rows, steps)
+    logits:       float (rows, vocab)
+    uniforms:     float32 (rows, most)
     temperature:  float32 (rows, 1)
-    step:         int64 (1,): the column of this step, below `steps`
-    active:       bool (rows,): rows that go on; False from now on where the row ends
-    reads:        bool (rows,): as `active` comes out
-    ids:          int64 (rows, 1): the chosen ids, of rows at rest too
-    values:       int16 (rows, steps): gets the id, `no_byte` where the row wrote none, or
-                  `no_distribution` where its logits are none
-    logprobs:     float32 (rows, steps): gets the log-probability of the id at temperature 1
+    turns:        bool (rows,): rows that choose, each of which goes on; may be `active` itself
+    written:      int64 (rows,): bytes of each row, below `most`; counts the new one
+    active:       bool (rows,): becomes False where a row of `turns` ends
+    reads:        bool (rows,): whether the row chose a byte that is to be read
+    ids:          int64 (rows, 1): the chosen ids; other rows keep theirs
+    values:       int16 (rows, most): gets the id in the column `written`; nothing where the row
+                  ends without one, or `no_distribution` where its logits are none
+    logprobs:     float32 (rows, most): gets the log-probability of the id at temperature 1
     eos:          an id that ends a row; None for no such id
+    reads_last:   whether a byte behind which there is no more room is to be read, too
 
     Raises:
         ValueError: shapes or dtypes off the contract.
     """
     rows, vocab = logits.shape
-    steps = uniforms.shape[1]
+    most = uniforms.shape[1]
     wanted = {
-        "logits": (logits, torch.float32, (rows, vocab)),
-        "uniforms": (uniforms, torch.float32, (rows, steps)),
+        "logits": (logits, logits.dtype, (rows, vocab)),
+        "uniforms": (uniforms, torch.float32, (rows, most)),
         "temperature": (temperature, torch.float32, (rows, 1)),
-        "step": (step, torch.int64, (1,)),
+        "turns": (turns, torch.bool, (rows,)),
+        "written": (written, torch.int64, (rows,)),
         "active": (active, torch.bool, (rows,)),
         "reads": (reads, torch.bool, (rows,)),
         "ids": (ids, torch.int64, (rows, 1)),
-        "values": (values, torch.int16, (rows, steps)),
-        "logprobs": (logprobs, torch.float32, (rows, steps)),
+        "values": (values, torch.int16, (rows, most)),
+        "logprobs": (logprobs, torch.float32, (rows, most)),
     }
     for name, (tensor, dtype, shape) in wanted.items():
         check_contiguous(name, tensor, *shape)
@@ -127,17 +135,18 @@ def choose_step(
         logits_ptr=logits,
         uniforms_ptr=uniforms,
         temperature_ptr=temperature,
-        step_ptr=step,
+        turns_ptr=turns,
+        written_ptr=written,
         active_ptr=active,
         reads_ptr=reads,
         ids_ptr=ids,
         values_ptr=values,
         logprobs_ptr=logprobs,
         vocab=vocab,
-        steps=steps,
+        most=most,
         eos=-1 if eos is None else eos,
-        no_byte=no_byte,
         no_distribution=no_distribution,
+        READS_LAST=reads_last,
         BLOCK=triton.next_power_of_2(vocab),
         num_warps=2,
         **launch_options(logits),

@@ -106,6 +106,15 @@ def state_step_kernel(
     o_p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_n = tl.arange(0, BLOCK_N)
     m_p, m_n = o_p < head_dim, o_n < d_state
+    p_y = y_ptr + (i_m * heads + i_h) * head_dim + o_p
+    # Before the wait: flags do not change within a stack, whose first kernel is one of torch's,
+    # which overlaps with none.
+    live = load_flag(active_ptr + i_m, HAS_ACTIVE)
+    if not live:
+        let_next_start(OVERLAP)
+        wait_for_inputs(OVERLAP)
+        tl.store(p_y, tl.zeros((BLOCK_P,), tl.float32), m_p)
+        return
     p_state = state_ptr + (i_m * heads + i_h) * head_dim * d_state
     p_state += o_p[:, None] * d_state + o_n[None, :]
     if OVERLAP:
@@ -116,22 +125,20 @@ def state_step_kernel(
     let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
 
-    live = load_flag(active_ptr + i_m, HAS_ACTIVE)
-    mask = m_p[:, None] & m_n[None, :] & live
+    mask = m_p[:, None] & m_n[None, :]
     state = tl.load(p_state, mask, 0)
     dt = tl.load(dt_ptr + i_m * dt_stride + i_h).to(tl.float32)
     dt = softplus(dt + tl.load(dt_bias_ptr + i_h).to(tl.float32))
     A = -tl.exp(tl.load(A_log_ptr + i_h).to(tl.float32))
     row = conv_out_ptr + i_m * channels
-    x = tl.load(row + i_h * head_dim + o_p, m_p & live, 0)
-    B = tl.load(row + heads * head_dim + o_n, m_n & live, 0)
-    C = tl.load(row + heads * head_dim + d_state + o_n, m_n & live, 0)
+    x = tl.load(row + i_h * head_dim + o_p, m_p, 0)
+    B = tl.load(row + heads * head_dim + o_n, m_n, 0)
+    C = tl.load(row + heads * head_dim + d_state + o_n, m_n, 0)
 
     state = tl.exp(dt * A) * state + (dt * x)[:, None] * B[None, :]
     tl.store(p_state, state, mask)
     y = tl.sum(state * C[None, :], 1) + tl.load(D_ptr + i_h).to(tl.float32) * x
-    y = rounded(tl.where(live, y, 0), y_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(y_ptr + (i_m * heads + i_h) * head_dim + o_p, y, m_p)
+    tl.store(p_y, rounded(y, y_ptr.dtype.element_ty, INTERPRETED), m_p)
 
 
 @on_its_device
