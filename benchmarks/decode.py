@@ -106,7 +106,15 @@ def state_bytes(cache: MambaCache | AttentionCache) -> float:
     return slot * float(cache.position.clamp(max=cache.slots).sum())
 
 
-def decode(model: HNetLM, batch: int, new: int, bandwidth: float, repeats: int) -> list[str]:
+def decode(
+    model: HNetLM,
+    batch: int,
+    new: int,
+    bandwidth: float,
+    repeats: int,
+    plan: str = "auto",
+    periods: list[int] | None = None,
+) -> list[str]:
     """One row of the table for a GPU: the median over some runs."""
     generator = torch.Generator().manual_seed(0)
     prompts = [
@@ -123,6 +131,8 @@ def decode(model: HNetLM, batch: int, new: int, bandwidth: float, repeats: int) 
             stops=StopStrings([]),
             bos=False,
             eos=False,
+            plan=plan,
+            periods=periods,
         )
 
     first_byte = timed(lambda: list(start(1).blocks()), "cuda", 3)
@@ -130,7 +140,7 @@ def decode(model: HNetLM, batch: int, new: int, bandwidth: float, repeats: int) 
     for _ in range(repeats):
         decoding = start(new)
         blocks = decoding.blocks()
-        first = len(next(blocks).contents[0])
+        first = sum(map(len, next(blocks).contents)) / batch
         begin = time.perf_counter()
         for _ in blocks:
             pass

@@ -6,8 +6,8 @@ ended are left out with `active`.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch

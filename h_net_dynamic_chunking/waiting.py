@@ -1,4 +1,4 @@
-"""Steps in which rows that open a chunk wait for others, so that the networks inside run less often.
+"""Steps in which rows that open a chunk wait for others, so that inner networks run less often.
 
 Whatever the number of rows that a network steps, it reads all of its weights. In lock-step the main
 network reads them at every byte, for the few rows that open a chunk there. Here a step has a depth:

@@ -1,7 +1,8 @@
 """One step of a whole stack on kernels of its own: a handful of launches a layer.
 
     one row       norm, product, gate and residual of a linear layer are one kernel
-    several rows  the products are torch's, and one kernel stands between two of them
+    several rows  one kernel stands between two products, which are torch's from 65 rows on, and in
+                  float32
 
 The recurrence of Mamba-2 and the attention to a cache have their kernels in either case. Numbers
 are those of the layers' own steps, but for roundings: for one row, what a layer adds to the
@@ -23,6 +24,9 @@ from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels
+
+# Off for measurements only: the products of several rows are torch's.
+own_products = True
 
 _PLAIN_PARTS = (nn.Linear, nn.Conv1d, RMSNorm)
 
@@ -107,9 +111,13 @@ class _SeveralRows(_OneRow):
         self._added: Tensor | None = None
 
     def project(self, norm: nn.RMSNorm, linear: nn.Linear, swiglu: bool = False) -> Tensor:
+        from h_net_dynamic_chunking.ops._triton.product_step import fits_product_step, product_step
         from h_net_dynamic_chunking.ops._triton.rows_step import swiglu_rows
 
-        product = F.linear(self.normed(norm), linear.weight)
+        x = self.normed(norm)
+        if own_products and fits_product_step(x, linear.weight):
+            return product_step(x, linear.weight, swiglu=swiglu)
+        product = F.linear(x, linear.weight)
         return swiglu_rows(product) if swiglu else product
 
     def add(
@@ -119,11 +127,15 @@ class _SeveralRows(_OneRow):
         gate: Tensor | None = None,
         norm: nn.RMSNorm | None = None,
     ) -> None:
+        from h_net_dynamic_chunking.ops._triton.product_step import fits_product_step, product_step
         from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
 
         if norm is not None:
             x = norm_rows(x, norm.weight, gate=gate)
-        self._added = F.linear(x, linear.weight)
+        if own_products and fits_product_step(x, linear.weight):
+            self._added = product_step(x, linear.weight, split=True)
+        else:
+            self._added = F.linear(x, linear.weight)
 
     def normed(self, norm: nn.RMSNorm) -> Tensor:
         from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows

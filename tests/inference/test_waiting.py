@@ -62,7 +62,12 @@ def test_the_bytes_of_lock_step(name: str, periods: list[int] | None) -> None:
     "options",
     [
         {"temperature": 0, "eos": False},
-        {"top_k": 20, "repetition_penalty": 1.2, "stop": ["a", b"\x00\x01"], "seed": [9, 8, 7, 6, 5]},
+        {
+            "top_k": 20,
+            "repetition_penalty": 1.2,
+            "stop": ["a", b"\x00\x01"],
+            "seed": [9, 8, 7, 6, 5],
+        },
     ],
 )
 def test_generate(options: dict[str, Any]) -> None:

@@ -35,7 +35,9 @@ def test_choices(eos: int | None, reads_last: bool) -> None:
     uniforms[8] = 1 - 2.0**-24
     active = torch.tensor([True] * 6 + [False] + [True] * 2, device=DEVICE)
     turns = active & (torch.arange(9, device=DEVICE) != 8)
-    written = torch.tensor([1, 1, 0, 1, 1, 1, 1, 2, 1], device=DEVICE)  # row 7 is full with one more
+    written = torch.tensor(
+        [1, 1, 0, 1, 1, 1, 1, 2, 1], device=DEVICE
+    )  # row 7 is full with one more
     ids, reads = torch.full((9, 1), -7, dtype=torch.int64, device=DEVICE), active.clone()
     values = torch.full((9, STEPS), -7, dtype=torch.int16, device=DEVICE)
     logprobs = torch.full((9, STEPS), -7.0, device=DEVICE)
@@ -74,9 +76,7 @@ def test_choices(eos: int | None, reads_last: bool) -> None:
     expected[rows[broken], before[broken]] = NO_DISTRIBUTION
     assert torch.equal(values, expected)
     at = logprobs[rows, before]
-    torch.testing.assert_close(
-        at[turns], want.logprobs[turns], equal_nan=True, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(at[turns], want.logprobs[turns], equal_nan=True, rtol=0, atol=1e-5)
     assert int((logprobs != -7).sum()) == int(turns.sum())
 
 

@@ -28,6 +28,7 @@ from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
 from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
 from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 from h_net_dynamic_chunking.ops._triton.mamba_step import mamba_step
+from h_net_dynamic_chunking.ops._triton.product_step import Cut, product_step
 from h_net_dynamic_chunking.ops._triton.route_step import route_step
 from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows, swiglu_rows
 
@@ -154,6 +155,48 @@ def test_norm_of_rows(rows: int, dtype: torch.dtype, width: int) -> None:
     y, gate = added, numbers(rows, width + 9, seed=5).to(dtype)[:, :width]
     want = in_both(lambda y, gate, norm: norm(y * F.silu(gate)), y, gate, norm)
     assert_agrees("gated", norm_rows(y, norm.weight, gate=gate), *want)
+
+
+@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_product_of_rows(rows: int, dtype: torch.dtype) -> None:
+    """Whole, split over its inputs and added up by the norm behind it, and as a SwiGLU."""
+    inputs, outputs, splits = 312, 40, 3
+    wide = numbers(rows, inputs + 8, dtype=dtype)
+    x, weight = wide[:, :inputs], parameters(outputs, inputs, seed=1, dtype=dtype)
+    whole = Cut(outputs=16, inputs=64, splits=1, stages=2, warps=4)
+    plain, want = in_both(F.linear, x, weight)
+    assert_agrees("whole", product_step(x, weight, cut=whole), plain, want)
+    parts = product_step(x, weight, split=True, cut=whole._replace(splits=splits))
+    assert parts.shape == (splits, rows, outputs)
+    assert_agrees("parts", parts.sum(0), plain.float(), want)
+    # A row does not depend on how many others there are.
+    alone = product_step(x[1:2], weight, split=True, cut=whole._replace(splits=splits))
+    if rows <= 16:
+        assert torch.equal(alone[:, 0], parts[:, 1])
+
+    stream, norm = numbers(rows, outputs, seed=3), RMSNorm(outputs).to(DEVICE, dtype)
+    added = in_both(lambda h, p, n: n(h + p), stream, plain, norm)
+    assert_agrees("norm", norm_rows(stream.clone(), norm.weight, add=parts), *added)
+
+    def swiglu(x: Tensor, weight: Tensor) -> Tensor:
+        value, gate = F.linear(x, weight).chunk(2, 1)
+        return value * F.silu(gate)
+
+    assert_agrees("SwiGLU", product_step(x, weight, swiglu=True), *in_both(swiglu, x, weight))
+
+
+def test_product_refuses() -> None:
+    x, weight = numbers(2, 16, dtype=DTYPES[1]), numbers(6, 16, dtype=DTYPES[1])
+    for arguments, message in (
+        ({"x": numbers(65, 16, dtype=DTYPES[1])}, "x must have 1 to 64 rows, got 65"),
+        ({"x": x.float()}, "x and weight must be both bfloat16 or float16, got torch.float32"),
+        ({"x": x[:, :12], "weight": weight[:, :12].contiguous()}, "must be multiples of 8, got 12"),
+        ({"weight": weight[:5], "swiglu": True}, r"weight must have shape \(2 \* out, in\)"),
+        ({"cut": Cut(16, 64, 2, 2, 4)}, "cut must not split the inputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            product_step(**{"x": x, "weight": weight, **arguments})
 
 
 def test_linear_refuses() -> None:

@@ -31,6 +31,7 @@ def norm_rows_kernel(
     width,
     x_stride,
     gate_stride,
+    add_stride,
     eps,
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
@@ -46,8 +47,12 @@ def norm_rows_kernel(
     m_k = o_k < width
     x_ptr += i_m * x_stride
     x = load_gated(x_ptr, gate_ptr + i_m * gate_stride, o_k, m_k, GATED)
-    if ADDED:
-        x += tl.load(add_ptr + i_m * width + o_k, m_k, 0).to(tl.float32)
+    if ADDED > 0:
+        added = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(ADDED):
+            p_add = add_ptr + part * add_stride + i_m * width + o_k
+            added += tl.load(p_add, m_k, 0).to(tl.float32)
+        x += added
         tl.store(x_ptr + o_k, x, m_k)
     x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     x *= tl.load(norm_ptr + o_k, m_k, 0).to(tl.float32)
@@ -89,7 +94,7 @@ def norm_rows(
     x:            (rows, width), float; float32 with `add`, which is added to it in place
     norm_weight:  (width,)
     gate:         (rows, width), float; x and gate may be views with any stride between their rows
-    add:          (rows, width), float, contiguous
+    add:          (rows, width), float, contiguous; or (parts, rows, width), added up first
     out:          (rows, width), rounded once
 
     Raises:
@@ -101,7 +106,7 @@ def norm_rows(
     if gate is not None:
         check_shape("gate", gate, rows, width)
     if add is not None:
-        check_contiguous("add", add, rows, width)
+        check_contiguous("add", add, *add.shape[:-2], rows, width)
         check_dtype("x", x, torch.float32)
     out = norm_weight.new_empty(rows, width)
     norm_rows_kernel[(rows,)](
@@ -113,9 +118,10 @@ def norm_rows(
         width=width,
         x_stride=x.stride(0),
         gate_stride=0 if gate is None else gate.stride(0),
+        add_stride=rows * width,
         eps=eps,
         GATED=gate is not None,
-        ADDED=add is not None,
+        ADDED=0 if add is None else add.numel() // (rows * width),
         BLOCK=triton.next_power_of_2(width),
         num_warps=4,
         **launch_options(x),
