@@ -6,6 +6,7 @@ position of the row, on the size of the cache and on how many rows there are.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,43 +22,41 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     let_next_start,
     load_flag,
     on_its_device,
+    prefetch,
     rounded,
     wait_for_inputs,
 )
 
-# A row alone: slots that a program reads at once, and slots of the cache for each program; for
-# fewer the second kernel takes longer than it saves.
-_SLOTS_ALONE = 128
+# Slots of the cache for each program: of a row alone, and of several rows. For fewer the second
+# kernel takes longer than it saves.
 _SLOTS_A_SPLIT_ALONE = 1024
-# Several rows, likewise; with fewer heads than keep a device busy, the slots of a head are split.
-_SLOTS = 64
 _SLOTS_A_SPLIT = 32
+# With fewer rows and heads than keep a device busy, the slots of a head are split.
 _PROGRAMS = 256
 _MOST_SPLITS = 16
 
 
 @triton.jit
-def load_rotated(
-    row,
-    o_d,
-    m_d,
-    position,
-    ROTARY_DIM: tl.constexpr,
-    LOG2_BASE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """One head of q or k turned by its position, rounded to its dtype, in float32."""
+def rotation(o_d, position, ROTARY_DIM: tl.constexpr, LOG2_BASE: tl.constexpr):
+    """Cosine and signed sine by which each channel and its partner count."""
+    half: tl.constexpr = ROTARY_DIM // 2
+    # In float64, because a position multiplies the error of its frequency.
+    exponent = (o_d % half).to(tl.float64) * (-2.0 / ROTARY_DIM * LOG2_BASE)
+    angle = position.to(tl.float32) * tl.exp2(exponent).to(tl.float32)
+    sine = tl.sin(angle)
+    return tl.cos(angle), tl.where(o_d < half, -sine, sine)
+
+
+@triton.jit
+def load_rotated(row, o_d, m_d, cosine, sine, ROTARY_DIM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """One head of q or k, turned, rounded to its dtype."""
     x = tl.load(row + o_d, m_d, 0)
     if ROTARY_DIM > 0:
         half: tl.constexpr = ROTARY_DIM // 2
         turned = o_d < ROTARY_DIM
         o_pair = tl.where(o_d < half, o_d + half, o_d - half)
         pair = tl.load(row + o_pair, turned, 0).to(tl.float32)
-        # In float64, because a position multiplies the error of its frequency.
-        exponent = (o_d % half).to(tl.float64) * (-2.0 / ROTARY_DIM * LOG2_BASE)
-        angle = position.to(tl.float32) * tl.exp2(exponent).to(tl.float32)
-        pair = tl.where(o_d < half, -pair, pair) * tl.sin(angle)
-        y = rounded(x.to(tl.float32) * tl.cos(angle) + pair, x.dtype, INTERPRETED)
+        y = rounded(x.to(tl.float32) * cosine + pair * sine, x.dtype, INTERPRETED)
         x = tl.where(turned, y, x)
     return x
 
@@ -82,6 +81,7 @@ def attention_step_kernel(
     WINDOW: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -91,15 +91,17 @@ def attention_step_kernel(
 
     The new key and value come from qkv: the first split writes them, and none reads them back.
     out is the result where there is one split; else the sum of values, and sums the greatest score
-    and the sum of weights, in base 2.
+    and the sum of weights, in base 2. Each slot of a tile has a sum of its own until the end, so
+    that no tile has to be reduced before the next.
     """
-    let_next_start(OVERLAP)
-    wait_for_inputs(OVERLAP)
     i_m, i_h, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
     part = (i_m * heads + i_h) * SPLITS + i_s
+    # Before the wait: what is as it was when the stack began.
     if not load_flag(active_ptr + i_m, HAS_ACTIVE):
+        let_next_start(OVERLAP)
+        wait_for_inputs(OVERLAP)
         if SPLITS == 1:
             tl.store(out_ptr + part * HEAD_DIM + o_d, tl.zeros((BLOCK_D,), tl.float32), m_d)
         return
@@ -109,33 +111,34 @@ def attention_step_kernel(
     # How far back from the new position, and from which slot on.
     reach = (tl.minimum(position, WINDOW) if WINDOW >= 0 else position).to(tl.int32)
     first = 0 if RING else slot - reach
-
-    q_row = qkv_ptr + i_m * qkv_stride + i_h * HEAD_DIM
-    q = load_rotated(q_row, o_d, m_d, position, ROTARY_DIM, LOG2_BASE, INTERPRETED)
-    q = q.to(tl.float32) * scale
-    slot_stride = heads * HEAD_DIM
-    head = i_m * slots * slot_stride + i_h * HEAD_DIM
-    greatest = -1e30  # below any score, and yet finite: it is subtracted
-    total = 0.0
-    mixed = tl.zeros((BLOCK_D,), tl.float32)
-    if i_s == 0:
-        k_row = q_row + slot_stride
-        k = load_rotated(k_row, o_d, m_d, position, ROTARY_DIM, LOG2_BASE, INTERPRETED)
-        v = tl.load(k_row + slot_stride + o_d, m_d, 0)
-        m_new = tl.where(slot < slots, m_d, False)
-        new = head + slot.to(tl.int64) * slot_stride + o_d
-        tl.store(keys_ptr + new, k, m_new)
-        tl.store(values_ptr + new, v, m_new)
-        greatest = tl.sum(q * k.to(tl.float32), 0)
-        total = 1.0
-        mixed = v.to(tl.float32)
-
     share = tl.cdiv(tl.cdiv(used - first, SPLITS), BLOCK_S) * BLOCK_S
     start = first + i_s * share
     end = tl.minimum(start + share, used)
-    for s in range(start, end, BLOCK_S):
-        o_s = s + tl.arange(0, BLOCK_S)
-        # How many positions before the new one; the new one itself is in already.
+    slot_stride = heads * HEAD_DIM
+    head = i_m * slots * slot_stride + i_h * HEAD_DIM
+    o_t = tl.arange(0, BLOCK_S)
+    if OVERLAP:
+        lines = tl.arange(0, BLOCK_D // 64) * 64
+        for s in range(start, tl.minimum(end, start + 4 * BLOCK_S), BLOCK_S):
+            o_s = tl.minimum(s + o_t, slots - 1).to(tl.int64)
+            tile = head + o_s[:, None] * slot_stride + tl.minimum(lines, HEAD_DIM - 1)[None, :]
+            prefetch(keys_ptr + tile)
+            prefetch(values_ptr + tile)
+    cosine, sine = 1.0, 0.0
+    if ROTARY_DIM > 0:
+        cosine, sine = rotation(o_d, position, ROTARY_DIM, LOG2_BASE)
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
+
+    q_row = qkv_ptr + i_m * qkv_stride + i_h * HEAD_DIM
+    q = load_rotated(q_row, o_d, m_d, cosine, sine, ROTARY_DIM, INTERPRETED)
+    q = q.to(tl.float32) * scale
+    greatest = tl.full((BLOCK_S,), -1e30, tl.float32)  # below any score, and yet finite
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    mixed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        o_s = s + o_t
+        # How many positions before the new one; the new one itself comes last.
         age = slot - o_s
         if RING:
             age = tl.where(age < 0, age + slots, age)
@@ -145,20 +148,37 @@ def attention_step_kernel(
         k = tl.load(keys_ptr + tile, mask, 0).to(tl.float32)
         v = tl.load(values_ptr + tile, mask, 0).to(tl.float32)
         score = tl.where(m_s, tl.sum(k * q[None, :], 1), -float("inf"))
-        higher = tl.maximum(greatest, tl.max(score, 0))
-        weight = tl.exp2(score - higher)
-        kept = tl.exp2(greatest - higher)
-        total = total * kept + tl.sum(weight, 0)
-        mixed = mixed * kept + tl.sum(weight[:, None] * v, 0)
+        higher = tl.maximum(greatest, score)
+        weight, kept = tl.exp2(score - higher), tl.exp2(greatest - higher)
+        total = total * kept + weight
+        mixed = mixed * kept[:, None] + weight[:, None] * v
         greatest = higher
 
+    top = tl.max(greatest, 0)
+    new_weight = 0.0
+    new_value = tl.zeros((BLOCK_D,), tl.float32)
+    if i_s == 0:
+        k_row = q_row + slot_stride
+        new_key = load_rotated(k_row, o_d, m_d, cosine, sine, ROTARY_DIM, INTERPRETED)
+        v_new = tl.load(k_row + slot_stride + o_d, m_d, 0)
+        m_new = tl.where(slot < slots, m_d, False)
+        new = head + slot.to(tl.int64) * slot_stride + o_d
+        tl.store(keys_ptr + new, new_key, m_new)
+        tl.store(values_ptr + new, v_new, m_new)
+        score_new = tl.sum(q * new_key.to(tl.float32), 0)
+        top = tl.maximum(top, score_new)
+        new_weight = tl.exp2(score_new - top)
+        new_value = v_new.to(tl.float32)
+    weight = tl.exp2(greatest - top)
+    of_all = tl.sum(weight * total, 0) + new_weight
+    out = tl.sum(weight[:, None] * mixed, 0) + new_weight * new_value
     if SPLITS == 1:
-        mixed = mixed / total
+        out = out / of_all
     else:
-        tl.store(sums_ptr + 2 * part, greatest)
-        tl.store(sums_ptr + 2 * part + 1, total)
-    mixed = rounded(mixed, out_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(out_ptr + part * HEAD_DIM + o_d, mixed, o_d < HEAD_DIM)
+        tl.store(sums_ptr + 2 * part, top)
+        tl.store(sums_ptr + 2 * part + 1, of_all)
+    out = rounded(out, out_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(out_ptr + part * HEAD_DIM + o_d, out, m_d)
 
 
 @triton.jit
@@ -195,6 +215,16 @@ def merge_splits_kernel(
     tl.store(p_out, rounded(out, out_ptr.dtype.element_ty, INTERPRETED), m_d)
 
 
+class Tile(NamedTuple):
+    """How a program walks over slots."""
+
+    slots: int
+    """That it reads at once."""
+    stages: int
+    """Tiles under way at once."""
+    warps: int
+
+
 @on_its_device
 def attention_step(
     qkv: Tensor,
@@ -207,6 +237,7 @@ def attention_step(
     ring: bool,
     window_size: int = -1,
     active: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Turn q and k, put k and v into their slot, and attend to the slots in use.
 
@@ -217,6 +248,7 @@ def attention_step(
                     and nothing is written for a row that has none left
     window_size:    positions to the left that are kept besides the own one; -1 for all
     active:         bool (rows,), or None for all. The others keep their caches to the bit
+    tile:           for measurements; None takes what was measured
     out:            (rows, d_model), dtype of `qkv`; zeros where a row is not active
 
     Turned q and k are rounded to the dtype of `qkv`, as in the layer; all else is float32, and the
@@ -233,6 +265,7 @@ def attention_step(
     else:
         splits = min(slots // _SLOTS_A_SPLIT, _PROGRAMS // (rows * heads))
     splits = triton.next_power_of_2(max(1, min(splits, _MOST_SPLITS)))
+    tile = tile or (Tile(64, 2, 8) if alone else Tile(32, 3, 4))
     block_d = triton.next_power_of_2(head_dim)
     out = qkv.new_empty(rows, heads * head_dim)
     parts, sums = out, out
@@ -259,9 +292,10 @@ def attention_step(
         WINDOW=window_size,
         HAS_ACTIVE=active is not None,
         SPLITS=splits,
-        BLOCK_S=_SLOTS_ALONE if alone else _SLOTS,
+        STAGES=tile.stages,
+        BLOCK_S=tile.slots,
         BLOCK_D=block_d,
-        num_warps=8 if alone else 4,
+        num_warps=tile.warps,
         **options,
     )
     if splits > 1:
