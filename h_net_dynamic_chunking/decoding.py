@@ -37,7 +37,7 @@ STEPS_A_LOOK = 16
 # From so many steps on, recording one pays: it takes about as long as so many that are launched.
 STEPS_WORTH_RECORDING = 32
 # From so many rows on, they wait for each other on an accelerator.
-ROWS_THAT_WAIT = 9
+ROWS_THAT_WAIT = 4
 
 
 class SteppingModel(Protocol):
@@ -228,12 +228,13 @@ class Decoding:
 
         And whether they do, after it. The host reads nothing.
         """
-        turns = self._active if whose is None else self._active & whose
-        if self._parameters.filters_nothing and uses_triton(logits):
-            turns = turns.clone() if self._recent.shape[1] else turns
+        turns = self._active if whose is None else whose
+        by_kernel = self._parameters.filters_nothing and uses_triton(logits)
+        if not by_kernel or self._recent.shape[1]:  # which need them when rows have ended
+            turns = turns & self._active
+        if by_kernel:
             self._draw_by_kernel(logits, turns)
         else:
-            turns = turns.clone()
             self._draw(logits, turns)
         if self._parameters.repetition_penalty is not None:
             self._seen.scatter_(1, self._ids, True)

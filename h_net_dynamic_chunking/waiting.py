@@ -20,6 +20,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.cache import Rows
 from h_net_dynamic_chunking.h_net_inference import Entered, HNetCache, stages_of
+from h_net_dynamic_chunking.ops.backend import uses_triton
 
 # Steps of a level, at most, for one of the next.
 _LONGEST_PERIOD = 8
@@ -56,6 +57,7 @@ class WaitingStep:
         """For each stage, and the main network: which rows wait to enter it."""
         self._nobody = torch.zeros_like(reads)
         self._kept: list[Entered] = []
+        self._passes = [self._nobody] * len(self._stages)
 
     @property
     def depth(self) -> int:
@@ -88,14 +90,10 @@ class WaitingStep:
         active = self.waits[stage]
         x = self._embed(self._ids) if stage == 0 else self._chunks(stage - 1)
         entered = network.enter(x, cache, Rows(active=active, checked=True), None)
-        opened = self.waits[stage + 1]
-        opened |= entered.opens
         if stage == len(self._kept):
             encoded, probs, _ = map(torch.zeros_like, entered)
-            self._kept.append(Entered(encoded, probs, opened))
-        kept = self._kept[stage]
-        torch.where(active[:, None], entered.encoded, kept.encoded, out=kept.encoded)
-        torch.where(active, entered.probs, kept.probs, out=kept.probs)
+            self._kept.append(Entered(encoded, probs, self.waits[stage + 1]))
+        self._passes[stage] = _keep(entered, active, self._kept[stage])
 
     def _chunks(self, stage: int) -> Tensor:
         return self._stages[stage][0].chunks(self._kept[stage])
@@ -109,11 +107,26 @@ class WaitingStep:
     def _leave(self, stage: int, z: Tensor | None, back: Tensor) -> tuple[Tensor, Tensor]:
         """The way out, of the rows that opened no chunk, and of those that are back from inside."""
         network, cache = self._stages[stage]
-        leaves = self.waits[stage] > self.waits[stage + 1]
-        leaves = leaves if z is None else leaves | back
+        leaves = self._passes[stage] if z is None else self._passes[stage] | back
         encoded, probs, _ = self._kept[stage]
         rows = Rows(active=leaves, checked=True)
         return network.leave(z, Entered(encoded, probs, back), cache, rows), leaves
+
+
+def _keep(entered: Entered, active: Tensor, kept: Entered) -> Tensor:
+    """Keep the active rows, of which those that open a chunk wait from now on.
+
+    Returns those that do not.
+    """
+    if uses_triton(entered.encoded):
+        from h_net_dynamic_chunking.ops._triton.keep_step import keep_step
+
+        return keep_step(*entered, active, *kept)
+    encoded, probs, waits = kept
+    waits |= entered.opens
+    torch.where(active[:, None], entered.encoded, encoded, out=encoded)
+    torch.where(active, entered.probs, probs, out=probs)
+    return active & ~waits
 
 
 def depths(periods: Sequence[int]) -> Iterator[int]:

@@ -43,7 +43,7 @@ def choose_step_kernel(
     let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
-    if not tl.load(turns_ptr + i_m):
+    if not (tl.load(turns_ptr + i_m) & tl.load(active_ptr + i_m)):
         tl.store(reads_ptr + i_m, False)
         return
     o_v = tl.arange(0, BLOCK)
@@ -100,7 +100,7 @@ def choose_step(
     logits:       float (rows, vocab)
     uniforms:     float32 (rows, most)
     temperature:  float32 (rows, 1)
-    turns:        bool (rows,): rows that choose, each of which goes on; may be `active` itself
+    turns:        bool (rows,): rows that choose if they go on; may be `active` itself
     written:      int64 (rows,): bytes of each row, below `most`; counts the new one
     active:       bool (rows,): becomes False where a row of `turns` ends
     reads:        bool (rows,): whether the row chose a byte that is to be read
