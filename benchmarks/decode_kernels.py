@@ -6,7 +6,7 @@
 Each kernel is checked against torch, then captured some tens of times in one CUDA graph over
 weights, states and caches of which there are so many that L2 serves none of them. us is the
 time of one call (of a whole layer: of all its kernels), MB what it must read and write; "of copy"
-compares with the bandwidth of a large copy in the same process. mamba_step and attention_step are
+compares with the bandwidth of a large copy in the same process. state_step and attention_step are
 checked as parts of their layers, which end with a norm here. With several rows the linear layers
 are torch's, and not listed.
 """
@@ -31,8 +31,8 @@ from h_net_dynamic_chunking.ops._triton import step_common
 from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
 from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
 from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
-from h_net_dynamic_chunking.ops._triton.mamba_step import mamba_step
 from h_net_dynamic_chunking.ops._triton.route_step import route_step
+from h_net_dynamic_chunking.ops._triton.state_step import state_step
 
 ROTATED = 200e6  # bytes that one turn over all copies must exceed: several times L2
 CALLS = 32
@@ -81,7 +81,7 @@ def main() -> None:
         linears = map(linear_maker, LINEARS) if rows == 1 else []
         for make in [
             *linears,
-            mamba,
+            state,
             attention,
             route,
             dechunk,
@@ -209,17 +209,16 @@ def stacks(letter: str, dim: int, copies: int) -> list[Block]:
     return [block.bfloat16() for block in stack.layers]
 
 
-def mamba_between(block: Block, projected: Tensor, cache: MambaCache) -> Tensor:
+def state_between(block: Block, conv_out: Tensor, dt: Tensor, cache: MambaCache) -> Tensor:
     mixer: Any = block.mixer
-    return mamba_step(
-        projected,
-        cache.conv,
+    return state_step(
+        conv_out,
+        dt,
         cache.state,
-        conv_weight=mixer.conv1d.weight,
-        conv_bias=mixer.conv1d.bias,
         dt_bias=mixer.dt_bias,
         A_log=mixer.A_log,
         D=mixer.D,
+        out_dtype=dt.dtype,
     )
 
 
@@ -253,8 +252,9 @@ def attention_caches(block: Block, rows: int, copies: int) -> list[AttentionCach
     return caches
 
 
-def moved_by_mamba(cache: MambaCache, projected: Tensor) -> int:
-    return 2 * cache.state.nbytes + 2 * cache.conv.nbytes + projected.nbytes
+def moved_by_mamba(cache: MambaCache, rows: int) -> int:
+    """States and windows, and what `in_proj` made, in bfloat16."""
+    return 2 * cache.state.nbytes + 2 * cache.conv.nbytes + 2 * rows * 4384
 
 
 def moved_by_attention(rows: int, dim: int) -> int:
@@ -262,16 +262,17 @@ def moved_by_attention(rows: int, dim: int) -> int:
     return rows * 2 * dim * (2 * POSITION + 3 + 2 + 1)
 
 
-def mamba(rows: int) -> Case:
+def state(rows: int) -> Case:
     (block,) = stacks("m", 1024, 1)
     copies = copies_for(2e6 * rows)
     caches = mamba_caches(block, rows, copies)
-    projected = bf16(rows, 4384)
+    conv_out, dt = torch.randn(rows, 2304, device="cuda"), bf16(rows, 32)
 
     def run(i: int) -> Tensor:
-        return mamba_between(block, projected, caches[i])
+        return state_between(block, conv_out, dt, caches[i])
 
-    return Case("mamba_step", run, None, moved_by_mamba(caches[0], projected), copies)
+    size = 2 * caches[0].state.nbytes + conv_out.nbytes + 2 * rows * 2048
+    return Case("state_step", run, None, size, copies)
 
 
 def attention(rows: int) -> Case:
@@ -285,12 +286,12 @@ def attention(rows: int) -> Case:
 
 def route(rows: int) -> Case:
     queries_keys, previous = bf16(rows, 2048), bf16(rows, 1024)
-    is_first = torch.zeros(rows, dtype=torch.bool, device="cuda")
+    chunks = torch.ones(rows, dtype=torch.int64, device="cuda")
     want = boundary_probability_step(queries_keys[:, :1024], previous)
-    p, _ = route_step(queries_keys, previous.clone(), is_first, 0.5)
+    p, _ = route_step(queries_keys, previous.clone(), chunks, 0.5)
 
     def run(i: int) -> object:
-        return route_step(queries_keys, previous, is_first, 0.5)
+        return route_step(queries_keys, previous, chunks, 0.5)
 
     size = queries_keys.nbytes + 2 * previous.nbytes
     return Case("route_step", run, relative_error(p, want), size, 1)
@@ -314,7 +315,7 @@ def m_layer(rows: int) -> Case:
     blocks = stacks("m", 1024, copies_for(13e6 + 2e6 * rows))
     caches = mamba_caches(blocks[0], rows, len(blocks))
     h = torch.randn(rows, 1024, device="cuda")
-    size = moved_by_mamba(caches[0], bf16(rows, 4384)) + weight_bytes(blocks[0]) + 4 * h.nbytes
+    size = moved_by_mamba(caches[0], rows) + weight_bytes(blocks[0]) + 4 * h.nbytes
     return Case(
         "m layer",
         lambda i: step_alone(blocks[i], h, caches[i]),

@@ -98,7 +98,8 @@ class Positions:
     def advance(self, by: Tensor | int, at_most: int, rows: Rows = ALL_ROWS) -> None:
         """Count `by`, int or int64 (rows,), more positions, which are `at_most` so many."""
         if rows.index is None:  # in one launch
-            self.seen += by if rows.active is None else rows.active * by
+            one = isinstance(by, int) and by == 1
+            self.seen += by if rows.active is None else rows.active if one else rows.active * by
         else:
             rows.write(self.seen, rows.read(self.seen) + by)
         self.bound += at_most

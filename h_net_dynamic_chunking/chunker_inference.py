@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from h_net_dynamic_chunking.cache import Rows, check_cache_class, check_cache_tensor
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth, ema_smooth_step
 from h_net_dynamic_chunking.ops.expansion import expand_step
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
-from h_net_dynamic_chunking.step_kernels import fits_step_kernels
+from h_net_dynamic_chunking.step_kernels import fits_step_kernels, linear_by_kernel
 
 
 @dataclass(eq=False)
@@ -163,14 +163,16 @@ def route_step(
         return Routed(probs[:, 0], opens[:, 0])
     from h_net_dynamic_chunking.ops._triton.route_step import route_step
 
-    queries_keys = _linear(x, chunker.to_queries_keys)
-    first, threshold = cache.chunks == 0, chunker.boundary_threshold
-    probs, opens = route_step(queries_keys, cache.previous_key, first, threshold, rows.active)
-    if given is not None:
-        opens = given | first
-        opens = opens if rows.active is None else opens & rows.active
-    cache.chunks += opens
-    return Routed(probs, opens)
+    queries_keys = linear_by_kernel(x, chunker.to_queries_keys)
+    routed = route_step(
+        chunker.to_queries_keys(x) if queries_keys is None else queries_keys,
+        cache.previous_key,
+        cache.chunks,
+        chunker.boundary_threshold,
+        rows.active,
+        given,
+    )
+    return Routed(*routed)
 
 
 def upsample_step(
@@ -196,9 +198,10 @@ def upsample_step(
         return _add_residual(chunker, rows.read(cache.smoothed), x)
     from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
 
-    residual, linear = None, chunker.residual_proj
-    if linear is not None:
-        residual = chunker.residual(x) if len(x) > 1 else _linear(x, linear, torch.float32)
+    residual = None
+    if chunker.residual_proj is not None:
+        residual = linear_by_kernel(x, chunker.residual_proj, torch.float32)
+        residual = chunker.residual(x) if residual is None else residual
     return dechunk_step(
         z,
         cache.smoothed,
@@ -272,13 +275,3 @@ def _weights(chunker: DynamicSequenceChunker, probs: Tensor) -> Tensor:
 def _weighs(chunker: DynamicSequenceChunker) -> bool:
     """Whether the smoothing multiplies a new chunk by its probability."""
     return not chunker.multiply_by_prob
-
-
-def _linear(x: Tensor, linear: nn.Linear, out_dtype: torch.dtype | None = None) -> Tensor:
-    """A linear layer of x (rows, in); for one row, which torch is slow at, by a kernel."""
-    if len(x) > 1 or type(linear) is not nn.Linear:  # one that somebody has changed runs itself
-        projected: Tensor = linear(x)
-        return projected
-    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
-
-    return linear_step(x, linear.weight, bias=linear.bias, out_dtype=out_dtype)

@@ -25,6 +25,7 @@ from h_net_dynamic_chunking.ops.backend import Backend, chosen_backend
 from h_net_dynamic_chunking.recording import Recording, can_record
 from h_net_dynamic_chunking.sequence_module import unwrapped
 from h_net_dynamic_chunking.step_graphs import StepGraphs
+from h_net_dynamic_chunking.step_kernels import fits_step_kernels, linear_by_kernel
 from h_net_dynamic_chunking.waiting import WaitingStep
 
 Plan = Literal["auto", "compact", "masked"]
@@ -171,7 +172,7 @@ class LMInference(nn.Module):
         hidden, stages = self._step_rows(
             input_ids.flatten(), inference_params, rows, masked, boundary_masks
         )
-        logits = self.lm_head(hidden)
+        logits = self._head(hidden)
         if rows.index is not None:
             logits = logits.new_zeros(batch_size, logits.shape[1]).index_copy_(
                 0, rows.index, logits
@@ -235,7 +236,7 @@ class LMInference(nn.Module):
         return StepGraphs(
             self.embeddings,
             self._stack,
-            self.lm_head,
+            self._head,
             cache.backbone,
             ids,
             active,
@@ -261,7 +262,7 @@ class LMInference(nn.Module):
         """
         self._checked(cache, len(ids), 0, ALL_ROWS, None)
         step = WaitingStep(
-            self.embeddings, self._stack, self.lm_head, cache.backbone, ids, reads, choose
+            self.embeddings, self._stack, self._head, cache.backbone, ids, reads, choose
         )
         if not can_record(ids):
             return step.run
@@ -270,6 +271,13 @@ class LMInference(nn.Module):
             return [partial(step.run, depth) for depth in range(step.depth + 1)]
 
         return Recording(pieces, cache.backbone, step.waits).run
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits (rows, vocab) of hidden states (rows, dim)."""
+        logits = None
+        if fits_step_kernels(hidden, self.lm_head.weight, ALL_ROWS):
+            logits = linear_by_kernel(hidden, self.lm_head)
+        return self.lm_head(hidden) if logits is None else logits
 
     def _step_rows(
         self,

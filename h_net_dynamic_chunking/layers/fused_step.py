@@ -4,13 +4,14 @@
     several rows  one kernel stands between two products, which are torch's from 65 rows on, and in
                   float32
 
-The recurrence of Mamba-2 and the attention to a cache have their kernels in either case. Numbers
+The recurrence of Mamba-2 and the attention to a cache have their kernels in either case, the
+convolution is part of our products. Rows that rest cost next to nothing. Numbers
 are those of the layers' own steps, but for roundings: for one row, what a layer adds to the
 residual stream is not rounded to the dtype of the weights first.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels
+
+if TYPE_CHECKING:
+    from h_net_dynamic_chunking.ops._triton.conv_step import Convolution
 
 # Off for measurements only: the products of several rows are torch's.
 own_products = True
@@ -58,7 +62,7 @@ def fused_step(
     blocks: Sequence[Block], norm: nn.RMSNorm, x: Tensor, caches: Sequence[Any], rows: Rows
 ) -> Tensor:
     """`Isotropic.step`: x (rows, d_model) -> the same shape and dtype."""
-    stream = _OneRow(x) if x.shape[0] == 1 else _SeveralRows(x)
+    stream = (_OneRow if x.shape[0] == 1 else _SeveralRows)(x, rows.active)
     for block, cache in zip(blocks, caches, strict=True):
         if isinstance(cache, MambaCache):
             _add_mamba(stream, block, cache, rows.active)
@@ -72,16 +76,32 @@ def fused_step(
 
 
 class _OneRow:
-    """The residual stream (1, d_model), to which kernels add in place."""
+    """The residual stream (1, d_model): x, and from the first layer on a float32 of its own."""
 
-    def __init__(self, x: Tensor) -> None:
-        self._h = x.to(torch.float32, copy=True)
+    def __init__(self, x: Tensor, active: Tensor | None) -> None:
+        self._stream, self._active = x, active
+        self._begun, self._wide = False, False
 
-    def project(self, norm: nn.RMSNorm, linear: nn.Linear, swiglu: bool = False) -> Tensor:
-        """A linear layer of the normed stream."""
+    def project(
+        self,
+        norm: nn.RMSNorm,
+        linear: nn.Linear,
+        swiglu: bool = False,
+        convolution: "Convolution | None" = None,
+    ) -> Tensor:
+        """A linear layer of the normed stream, and the convolution of some of its outputs."""
         from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 
-        return linear_step(self._h, linear.weight, norm_weight=norm.weight, swiglu=swiglu)
+        begins, self._begun = not self._begun, True
+        return linear_step(
+            self._stream,
+            linear.weight,
+            norm_weight=norm.weight,
+            swiglu=swiglu,
+            convolution=convolution,
+            active=self._active,
+            begins=begins,
+        )
 
     def add(
         self,
@@ -93,31 +113,49 @@ class _OneRow:
         """Add a linear layer of x, or of x gated and normed."""
         from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 
-        norm_weight = None if norm is None else norm.weight
-        linear_step(x, linear.weight, gate=gate, norm_weight=norm_weight, residual=self._h)
+        self._stream = linear_step(
+            x,
+            linear.weight,
+            gate=gate,
+            norm_weight=None if norm is None else norm.weight,
+            residual=self._stream,
+            out=None if self._wide else _empty_stream(self._stream),
+        )
+        self._wide = True
 
     def normed(self, norm: nn.RMSNorm) -> Tensor:
         """The stream at the end."""
         from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
 
-        return norm_rows(self._h, norm.weight)
+        return norm_rows(self._stream, norm.weight, begins=not self._begun)
 
 
 class _SeveralRows(_OneRow):
     """The residual stream (rows, d_model), to which the next norm adds what came last."""
 
-    def __init__(self, x: Tensor) -> None:
-        super().__init__(x)
+    def __init__(self, x: Tensor, active: Tensor | None) -> None:
+        super().__init__(x, active)
         self._added: Tensor | None = None
 
-    def project(self, norm: nn.RMSNorm, linear: nn.Linear, swiglu: bool = False) -> Tensor:
+    def project(
+        self,
+        norm: nn.RMSNorm,
+        linear: nn.Linear,
+        swiglu: bool = False,
+        convolution: "Convolution | None" = None,
+    ) -> Tensor:
+        from h_net_dynamic_chunking.ops._triton.conv_step import conv_step
         from h_net_dynamic_chunking.ops._triton.product_step import fits_product_step, product_step
         from h_net_dynamic_chunking.ops._triton.rows_step import swiglu_rows
 
         x = self.normed(norm)
         if own_products and fits_product_step(x, linear.weight):
-            return product_step(x, linear.weight, swiglu=swiglu)
+            return product_step(
+                x, linear.weight, swiglu=swiglu, convolution=convolution, active=self._active
+            )
         product = F.linear(x, linear.weight)
+        if convolution is not None:
+            conv_step(product, convolution, self._active)
         return swiglu_rows(product) if swiglu else product
 
     def add(
@@ -131,35 +169,50 @@ class _SeveralRows(_OneRow):
         from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
 
         if norm is not None:
-            x = norm_rows(x, norm.weight, gate=gate)
+            x = norm_rows(x, norm.weight, gate=gate, active=self._active)
         if own_products and fits_product_step(x, linear.weight):
-            self._added = product_step(x, linear.weight, split=True)
+            self._added = product_step(x, linear.weight, split=True, active=self._active)
         else:
             self._added = F.linear(x, linear.weight)
 
     def normed(self, norm: nn.RMSNorm) -> Tensor:
         from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
 
+        if not self._begun:
+            self._begun = True
+            x, self._stream = self._stream, _empty_stream(self._stream)
+            return norm_rows(x, norm.weight, keep=self._stream, active=self._active, begins=True)
         added, self._added = self._added, None
-        return norm_rows(self._h, norm.weight, add=added)
+        return norm_rows(self._stream, norm.weight, add=added, active=self._active)
+
+
+def _empty_stream(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor | None) -> None:
-    from h_net_dynamic_chunking.ops._triton.mamba_step import mamba_step
+    from h_net_dynamic_chunking.ops._triton.conv_step import Convolution
+    from h_net_dynamic_chunking.ops._triton.state_step import state_step
 
     mixer = block.mixer
     assert isinstance(mixer, Mamba2)
     assert mixer.conv1d.bias is not None
-    projected = stream.project(block.norm1, mixer.in_proj)
-    y = mamba_step(
-        projected,
+    convolution = Convolution(
         cache.conv,
+        mixer.conv1d.weight,
+        mixer.conv1d.bias,
+        out=cache.state.new_empty(cache.conv.shape[:2]),
+        first=mixer.d_inner,
+    )
+    projected = stream.project(block.norm1, mixer.in_proj, convolution=convolution)
+    y = state_step(
+        convolution.out,
+        projected[:, -mixer.num_heads :],
         cache.state,
-        conv_weight=mixer.conv1d.weight,
-        conv_bias=mixer.conv1d.bias,
         dt_bias=mixer.dt_bias,
         A_log=mixer.A_log,
         D=mixer.D,
+        out_dtype=projected.dtype,
         active=active,
     )
     stream.add(y, mixer.out_proj, gate=projected[:, : mixer.d_inner], norm=mixer.norm)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from h_net_dynamic_chunking import generate
+from h_net_dynamic_chunking.cache import tensors_of
 from h_net_dynamic_chunking.layers import fused_step
 from h_net_dynamic_chunking.ops.backend import use_backend
 from tests.inference.models import random_ids, random_model
@@ -44,6 +46,27 @@ def test_changed_layers_run_themselves(place: str, rows: int) -> None:
     with use_backend("triton"):
         got, _ = feed(model, ids, [[8, 1, 1, 5]] * rows, "masked")
     assert float((got - want.logits).abs().max()) < 1e-4
+
+
+def test_one_row_at_rest_keeps_its_cache() -> None:
+    model, ids = random_model("one_stage", torch.float32), random_ids(1, 8)
+    cache = model.allocate_inference_cache(1, 9)
+    model(ids, inference_params=cache)
+    before = [tensor.clone() for tensor in tensors_of(cache.backbone)]
+    with use_backend("triton"):
+        model.step(ids[:, 0], cache, active=torch.tensor([False]), plan="masked")
+    for now, then in zip(tensors_of(cache.backbone), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_bfloat16_rows_do_not_depend_on_each_other() -> None:
+    """On the products of several rows: two rows that wait, beside three in lock-step."""
+    model = random_model("one_stage", torch.float32).bfloat16()
+    prompts = [bytes(row.tolist()) for row in random_ids(3, 6)]
+    with use_backend("triton"):
+        want = generate(model, prompts, 4, temperature=0, eos=False, plan="masked")
+        got = generate(model, prompts[:2], 4, temperature=0, eos=False, plan="waiting")
+    assert got == want[:2]
 
 
 @pytest.mark.parametrize("name", ["one_stage", "isotropic"])

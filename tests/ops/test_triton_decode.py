@@ -25,12 +25,14 @@ from tests.support import assert_close, assert_within_low_precision_budget, boun
 pytest.importorskip("triton", None if torch.cuda.is_available() else "3.7")
 
 from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
+from h_net_dynamic_chunking.ops._triton.conv_step import Convolution, conv_step
 from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
+from h_net_dynamic_chunking.ops._triton.keep_step import keep_step
 from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
-from h_net_dynamic_chunking.ops._triton.mamba_step import mamba_step
 from h_net_dynamic_chunking.ops._triton.product_step import Cut, product_step
 from h_net_dynamic_chunking.ops._triton.route_step import route_step
 from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows, swiglu_rows
+from h_net_dynamic_chunking.ops._triton.state_step import state_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -125,6 +127,10 @@ def test_linear_after_gate_and_norm(dtype: torch.dtype, width: int) -> None:
         assert_close("stream", got, want[1].float())
     else:
         assert_within_low_precision_budget(got, *want)
+    elsewhere, out = residual.to(dtype), torch.empty_like(residual)
+    got = linear_step(y, weight, residual=elsewhere, out=out)
+    assert got.data_ptr() == out.data_ptr()
+    assert_close("out", got, elsewhere.float() + linear_step(y, weight, out_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,6 +158,12 @@ def test_norm_of_rows(rows: int, dtype: torch.dtype, width: int) -> None:
     assert_agrees("sum", norm_rows(stream, norm.weight, add=added), *want)
     assert_close("stream", stream, h + added)
 
+    kept = torch.zeros_like(stream)
+    active = some_active(rows)
+    got = norm_rows(added, norm.weight, keep=kept, active=active)
+    assert_close("of some", got, norm(added).where(active[:, None], 0), 2 * torch.finfo(dtype).eps)
+    assert torch.equal(kept, added.float().where(active[:, None], 0))
+
     y, gate = added, numbers(rows, width + 9, seed=5).to(dtype)[:, :width]
     want = in_both(lambda y, gate, norm: norm(y * F.silu(gate)), y, gate, norm)
     assert_agrees("gated", norm_rows(y, norm.weight, gate=gate), *want)
@@ -175,6 +187,12 @@ def test_product_of_rows(rows: int, dtype: torch.dtype) -> None:
     if rows <= 16:
         assert torch.equal(alone[:, 0], parts[:, 1])
 
+    active, bias = some_active(rows), numbers(outputs, seed=2, dtype=dtype)
+    rest = torch.where(active[:, None], x, torch.nan)
+    plain_sum, want_sum = in_both(F.linear, x.where(active[:, None], 0), weight, bias)
+    got = product_step(rest, weight, bias=bias, active=active, out_dtype=torch.float32, cut=whole)
+    assert_agrees("with bias, of some", got, plain_sum.float(), want_sum)
+
     stream, norm = numbers(rows, outputs, seed=3), RMSNorm(outputs).to(DEVICE, dtype)
     added = in_both(lambda h, p, n: n(h + p), stream, plain, norm)
     assert_agrees("norm", norm_rows(stream.clone(), norm.weight, add=parts), *added)
@@ -186,14 +204,24 @@ def test_product_of_rows(rows: int, dtype: torch.dtype) -> None:
     assert_agrees("SwiGLU", product_step(x, weight, swiglu=True), *in_both(swiglu, x, weight))
 
 
+def test_product_of_a_float32_weight() -> None:
+    """No worse than in float32."""
+    x, weight = numbers(3, 264, dtype=torch.bfloat16), parameters(20, 264, seed=1, dtype=DTYPES[0])
+    got = product_step(x, weight, out_dtype=torch.float32)
+    assert_close("product", got, F.linear(x.double(), weight.double()).float())
+
+
 def test_product_refuses() -> None:
     x, weight = numbers(2, 16, dtype=DTYPES[1]), numbers(6, 16, dtype=DTYPES[1])
     for arguments, message in (
         ({"x": numbers(65, 16, dtype=DTYPES[1])}, "x must have 1 to 64 rows, got 65"),
-        ({"x": x.float()}, "x and weight must be both bfloat16 or float16, got torch.float32"),
+        ({"x": x.float()}, "or weight float32 beside bfloat16, got torch.float32"),
         ({"x": x[:, :12], "weight": weight[:, :12].contiguous()}, "must be multiples of 8, got 12"),
         ({"weight": weight[:5], "swiglu": True}, r"weight must have shape \(2 \* out, in\)"),
         ({"cut": Cut(16, 64, 2, 2, 4)}, "cut must not split the inputs"),
+        ({"bias": numbers(6), "split": True}, "bias must be None"),
+        ({"bias": numbers(5)}, "bias must have shape"),
+        ({"active": numbers(2)}, "active must be torch.bool"),
     ):
         with pytest.raises(ValueError, match=message):
             product_step(**{"x": x, "weight": weight, **arguments})
@@ -211,7 +239,7 @@ def test_linear_refuses() -> None:
         ({"bias": numbers(3)}, "bias must have shape"),
         ({"norm_weight": numbers(6)}, "norm_weight must have shape"),
         ({"residual": numbers(1, 6).bfloat16()}, "residual must be torch.float32"),
-        ({"residual": numbers(1, 6), "out": numbers(1, 6)}, "out and out_dtype must be None"),
+        ({"residual": numbers(1, 6), "out_dtype": torch.half}, "out_dtype must be None"),
         ({"out": numbers(1, 5)}, "out must have shape"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -232,11 +260,11 @@ def test_rows_refuse() -> None:
         swiglu_rows(numbers(2, 7))
 
 
-@by_shape_and_size("d_state,head_dim,d_conv", (5, 3, 4), (16, 16, 2), (136, 12, 1))
+@by_shape_and_size("d_state,head_dim,d_conv", (5, 4, 4), (16, 16, 2), (136, 12, 1))
 def test_mamba(rows: int, dtype: torch.dtype, d_state: int, head_dim: int, d_conv: int) -> None:
     """Three positions of the whole mixer; the rows that rest keep their caches to the bit."""
     torch.manual_seed(0)
-    d_model = head_dim
+    d_model = 2 * head_dim
     mixer = Mamba2(d_model, d_state=d_state, head_dim=head_dim, d_conv=d_conv).to(DEVICE, dtype)
     exact = copy.deepcopy(mixer).double()
     x = numbers(rows, 4, d_model, dtype=dtype)
@@ -251,19 +279,18 @@ def test_mamba(rows: int, dtype: torch.dtype, d_state: int, head_dim: int, d_con
         plain = mixer.step(x[:, position], caches[1])
         want = exact.step(x[:, position].double(), exact_cache)
     # The states after all, and the output of the last position.
-    assert torch.equal(caches[0].conv, caches[1].conv)
-    state = caches[0].state
-    if dtype == torch.float32:
-        assert_close("state", state, exact_cache.state.float())
-    else:
-        assert_within_low_precision_budget(state, caches[1].state, exact_cache.state)
+    for name in ("conv", "state"):
+        now, plain, want = (getattr(c, name) for c in (*caches, exact_cache))
+        if dtype == torch.float32:
+            assert_close(name, now, want.float())
+        elif now.numel():
+            assert_within_low_precision_budget(now, plain, want)
 
     active, before = some_active(rows), copy.deepcopy(caches[0])
     last = torch.where(active[:, None], x[:, 3], torch.nan)
     got = step(last, active)
     plain, want = mixer.step(x[:, 3], caches[1]), exact.step(x[:, 3].double(), exact_cache)
     assert_agrees("output", got[active], plain[active], want[active])
-    assert torch.equal(caches[0].conv[active], caches[1].conv[active])
     for name in ("conv", "state"):
         now, then = getattr(caches[0], name), getattr(before, name)
         assert torch.equal(now[~active], then[~active]), name
@@ -272,17 +299,26 @@ def test_mamba(rows: int, dtype: torch.dtype, d_state: int, head_dim: int, d_con
 
 @torch.no_grad()
 def mamba_mixer_step(mixer: Mamba2, x: Tensor, cache: Any, active: Tensor | None) -> Tensor:
-    """The mixer's own projections around `mamba_step`."""
-    projected = mixer.in_proj(x)
-    y = mamba_step(
-        projected,
-        cache.conv,
+    """The kernels before the mixer's own projection; the first is ours, too, where there is one."""
+    out = torch.full(cache.conv.shape[:2], torch.nan, device=DEVICE)
+    conv1d = mixer.conv1d
+    convolution = Convolution(cache.conv, conv1d.weight, conv1d.bias, out, mixer.d_inner)
+    weight = mixer.in_proj.weight
+    if len(x) == 1:
+        projected = linear_step(x, weight, convolution=convolution, active=active)
+    elif x.dtype != torch.float32:
+        projected = product_step(x, weight, convolution=convolution, active=active)
+    else:
+        projected = mixer.in_proj(x)
+        conv_step(projected, convolution, active)
+    y = state_step(
+        out,
+        projected[:, -mixer.num_heads :],
         cache.state,
-        conv_weight=mixer.conv1d.weight,
-        conv_bias=mixer.conv1d.bias,
         dt_bias=mixer.dt_bias,
         A_log=mixer.A_log,
         D=mixer.D,
+        out_dtype=x.dtype,
         active=active,
     )
     return mixer._gated(y.unflatten(-1, (-1, mixer.head_dim)), projected[:, : mixer.d_inner])
@@ -401,30 +437,54 @@ def test_route(rows: int, dtype: torch.dtype, dim: int) -> None:
     queries_keys = numbers(rows, 2 * dim + 3, dtype=dtype)[:, : 2 * dim]
     previous = numbers(rows, dim, seed=1, dtype=dtype)
     is_first, active = boundaries(rows, device=DEVICE), some_active(rows)
+    chunks = 5 * (~is_first).long()
     q, k = queries_keys.chunk(2, dim=1)
     want = boundary_probability_step(q, previous, is_first)
     queries_keys = torch.where(active[:, None], queries_keys, torch.nan)
     key = previous.clone()
-    p, boundary = route_step(queries_keys, key, is_first, 0.5, active)
+    counted = chunks.clone()
+    p, boundary = route_step(queries_keys, key, counted, 0.5, active)
+    assert torch.equal(counted, chunks + boundary)
     assert p.dtype == torch.float32
     assert_close("p", p[active], want[active])
     assert torch.equal(boundary[active], p[active] > 0.5)
     assert not boundary[~active].any()
     assert not p[~active].any()
     assert torch.equal(key, torch.where(active[:, None], k, previous))
+    given = boundaries(rows, seed=1, device=DEVICE)
+    _, boundary = route_step(queries_keys, key, chunks, 0.5, active, given)
+    assert torch.equal(boundary, (given | is_first) & active)
 
 
 def test_route_at_the_edges() -> None:
     """Zero vectors tie at 0.5, which is no boundary; the same and the opposite key; a NaN."""
     q = torch.tensor([[0.0, 0], [3, 0], [3, 0], [3, 0], [torch.nan, 1], [3, 4]], device=DEVICE)
     previous = torch.tensor([[1.0, 2], [0, 0], [5, 0], [-2, 0], [1, 1], [0, 0]], device=DEVICE)
-    is_first = torch.tensor([False] * 5 + [True], device=DEVICE)
-    p, boundary = route_step(torch.cat([q, q], 1), previous, is_first, 0.5)
+    chunks = torch.tensor([1] * 5 + [0], device=DEVICE)
+    p, boundary = route_step(torch.cat([q, q], 1), previous, chunks, 0.5)
     assert p.tolist()[:4] == [0.5, 0.5, 0.0, 1.0]
     assert p[4].isnan()
     assert p[5] == 1
     assert boundary.tolist() == [False, False, False, True, False, True]
     assert torch.equal(previous.nan_to_num(), q.nan_to_num())
+
+
+def test_keep() -> None:
+    """Rows that are active are kept, and wait where they open a chunk; the others stay."""
+    flags = torch.tensor([[a, o, w] for a in (0, 1) for o in (0, 1) for w in (0, 1)]).bool()
+    active, opens, waits = flags.to(DEVICE).T.contiguous()
+    encoded, kept = (numbers(8, 37, seed=s, dtype=torch.bfloat16) for s in (1, 2))
+    probs, kept_probs = numbers(8, seed=3), numbers(8, seed=4)
+    want = encoded.where(active[:, None], kept), probs.where(active, kept_probs)
+    waiting = waits | opens & active
+    encoded[~active], probs[~active] = torch.nan, torch.nan
+    leaves = keep_step(encoded, probs, opens, active, kept, kept_probs, waits)
+    assert torch.equal(kept, want[0])
+    assert torch.equal(kept_probs, want[1])
+    assert torch.equal(waits, waiting)
+    assert torch.equal(leaves, active & ~waiting)
+    with pytest.raises(ValueError, match=r"waits must be torch\.bool"):
+        keep_step(encoded, probs, opens, active, kept, kept_probs, probs)
 
 
 @by_size
@@ -454,17 +514,20 @@ def test_dechunk(
 @pytest.mark.parametrize(
     ("step", "name", "wrong", "message"),
     [
-        ("mamba", "projected", (2, 51), "projected must have shape"),
-        ("mamba", "conv", (2, 24, 2), "conv must have shape"),
-        ("mamba", "state", (2, 16, 4), "state must be"),
-        ("mamba", "conv_weight", (23, 4), "conv_weight must have shape"),
-        ("mamba", "dt_bias", (3,), "dt_bias must have shape"),
-        ("mamba", "active", (2,), "active must be torch.bool"),
+        ("conv", "x", (2, 23), "first must be in 0 .. -1, for 24 channels of 23 outputs, got 0"),
+        ("conv", "window", (2, 24, 2), "conv must have shape"),
+        ("conv", "weight", (23, 4), "conv_weight must have shape"),
+        ("conv", "out", (2, 23), "conv_out must have shape"),
+        ("state", "conv_out", (2, 23), "conv_out must have shape"),
+        ("state", "dt", (2, 3), "dt must have shape"),
+        ("state", "state", (2, 16, 4), "state must be"),
+        ("state", "dt_bias", (3,), "dt_bias must have shape"),
+        ("state", "active", (2,), "active must be torch.bool"),
         ("attention", "qkv", (2, 47), "qkv must have shape"),
         ("attention", "values", (2, 5, 2, 7), "values must have shape"),
         ("attention", "position", (2,), "position must be torch.int64"),
         ("route", "queries_keys", (2, 7), "queries_keys must have shape"),
-        ("route", "is_first", (2,), "is_first must be torch.bool"),
+        ("route", "chunks", (2,), "chunks must be torch.int64"),
         ("dechunk", "z", (2, 3), r"z must be \(2, 4 or more\)"),
         ("dechunk", "boundary", (2,), "boundary must be torch.bool"),
         ("dechunk", "residual", (2, 5), "residual must have shape"),
@@ -474,17 +537,26 @@ def test_refusals(step: str, name: str, wrong: tuple[int, ...], message: str) ->
     """What does not fit is named, and nothing has changed."""
     two = torch.ones(2, dtype=torch.bool, device=DEVICE)
     function, arguments = {
-        "mamba": (
-            mamba_step,
+        "conv": (
+            lambda x, **parts: conv_step(x, Convolution(**parts, first=0)),
             {
-                "projected": numbers(2, 42),
-                "conv": numbers(2, 24, 3),
+                "x": numbers(2, 42),
+                "window": numbers(2, 24, 3),
+                "weight": numbers(24, 4),
+                "bias": numbers(24),
+                "out": numbers(2, 24),
+            },
+        ),
+        "state": (
+            state_step,
+            {
+                "conv_out": numbers(2, 24),
+                "dt": numbers(2, 2),
                 "state": numbers(2, 2, 8, 4),
-                "conv_weight": numbers(24, 4),
-                "conv_bias": numbers(24),
                 "dt_bias": numbers(2),
                 "A_log": numbers(2),
                 "D": numbers(2),
+                "out_dtype": torch.float32,
             },
         ),
         "attention": (
@@ -503,7 +575,7 @@ def test_refusals(step: str, name: str, wrong: tuple[int, ...], message: str) ->
             {
                 "queries_keys": numbers(2, 8),
                 "previous_key": numbers(2, 4),
-                "is_first": two,
+                "chunks": torch.ones(2, dtype=torch.int64, device=DEVICE),
                 "threshold": 0.5,
             },
         ),

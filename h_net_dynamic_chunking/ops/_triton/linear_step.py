@@ -13,12 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from h_net_dynamic_chunking.ops._triton.conv_step import (
+    Convolution,
+    convolution_arguments,
+    convolved,
+    sum_of_window,
+)
 from h_net_dynamic_chunking.ops._triton.step_common import (
+    check_active,
     check_contiguous,
     check_dtype,
     check_shape,
     launch_options,
     let_next_start,
+    load_flag,
     load_gated,
     on_its_device,
     rounded,
@@ -36,15 +44,25 @@ def linear_step_kernel(
     norm_ptr,
     weight_ptr,
     bias_ptr,
+    active_ptr,
+    residual_ptr,
     out_ptr,
+    window_ptr,
+    conv_weight_ptr,
+    conv_bias_ptr,
+    conv_out_ptr,
     in_features,
     out_features,
+    conv_first,
+    channels,
     eps,
     GATED: tl.constexpr,
     NORMED: tl.constexpr,
     SWIGLU: tl.constexpr,
     BIASED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -61,6 +79,12 @@ def linear_step_kernel(
     if SWIGLU:
         value_gate = tl.load(p_gate, m_w, 0)
     wait_for_inputs(OVERLAP)
+    if TAPS > 0:
+        o_c = o_n - conv_first
+        m_c = (o_c >= 0) & (o_c < channels) & load_flag(active_ptr, HAS_ACTIVE)
+        window = window_ptr + o_c * (TAPS - 1)
+        taps = conv_weight_ptr + o_c * TAPS
+        of_window = sum_of_window(window, taps, conv_bias_ptr + o_c, m_c, m_c, TAPS)
 
     y = tl.zeros((BLOCK_N,), tl.float32)
     y_gate = tl.zeros((BLOCK_N,), tl.float32)
@@ -90,8 +114,12 @@ def linear_step_kernel(
             y_gate += tl.load(bias_ptr + out_features + o_n, m_n, 0).to(tl.float32)
         y *= silu(y_gate)
     if RESIDUAL:
-        y += tl.load(out_ptr + o_n, m_n, 0)
-    tl.store(out_ptr + o_n, rounded(y, out_ptr.dtype.element_ty, INTERPRETED), m_n)
+        y += tl.load(residual_ptr + o_n, m_n, 0).to(tl.float32)
+    y = rounded(y, out_ptr.dtype.element_ty, INTERPRETED)
+    if TAPS > 0:
+        conv_out = convolved(of_window, y, window, taps, m_c, m_c, TAPS)
+        tl.store(conv_out_ptr + o_c, conv_out, m_c)
+    tl.store(out_ptr + o_n, y, m_n)
 
 
 class Blocks(NamedTuple):
@@ -117,6 +145,9 @@ def linear_step(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    convolution: Convolution | None = None,
+    active: Tensor | None = None,
+    begins: bool = False,
     blocks: Blocks | None = None,
 ) -> Tensor:
     """f(x) @ weight.T of one row; f is gate, then norm, each where it is given.
@@ -125,11 +156,15 @@ def linear_step(
     weight:       (out, in), float32, bfloat16 or float16; with swiglu (2 * out, in), values first
     norm_weight:  (in,): RMSNorm of x, in float32
     gate:         (1, in): x silu(gate) stands for x
-    residual:     (1, out), float32: y is added to it in place, and it is what comes back
+    residual:     (1, out), float: what y is added to, which is float32 and changes in place
+                  unless `out` is given
     swiglu:       y = value * silu(gate) of the two halves of the product
     bias:         (out,); with swiglu (2 * out,)
     out:          (1, out), where y is written; else it is allocated, in `out_dtype`, or in the
                   dtype of `weight`
+    convolution:  of some of the outputs, in their dtype
+    active:       bool (1,), or None: whether it may move its window on
+    begins:       whether to start only when all kernels before have ended
     blocks:       for measurements; None takes what was measured
 
     Everything is float32 (float32 weights without tf32), and y is rounded once.
@@ -139,6 +174,9 @@ def linear_step(
     """
     in_features, out_features = _check(x, weight, norm_weight, gate, bias, swiglu)
     out = _output(x, weight, residual, out, out_dtype, (1, out_features))
+    check_active(active, 1)
+    if convolution is not None:
+        convolution.check(1, out.dtype, out_features)
     blocks = blocks or _blocks(in_features, out_features, weight.dtype, swiglu)
     linear_step_kernel[(triton.cdiv(out_features, blocks.outputs),)](
         x_ptr=x,
@@ -146,6 +184,8 @@ def linear_step(
         norm_ptr=x if norm_weight is None else norm_weight,
         weight_ptr=weight,
         bias_ptr=x if bias is None else bias,
+        active_ptr=x if active is None else active,
+        residual_ptr=x if residual is None else residual,
         out_ptr=out,
         in_features=in_features,
         out_features=out_features,
@@ -155,10 +195,12 @@ def linear_step(
         SWIGLU=swiglu,
         BIASED=bias is not None,
         RESIDUAL=residual is not None,
+        HAS_ACTIVE=active is not None,
         BLOCK_N=blocks.outputs,
         BLOCK_K=blocks.inputs,
         num_warps=blocks.warps,
-        **launch_options(x),
+        **convolution_arguments(convolution, x),
+        **launch_options(x, begins),
     )
     return out
 
@@ -208,11 +250,12 @@ def _output(
 ) -> Tensor:
     """What y is written or added to."""
     if residual is not None:
-        if out is not None or out_dtype is not None:
-            raise ValueError("out and out_dtype must be None where y is added to a residual")
         check_shape("residual", residual, *shape)
-        check_dtype("residual", residual, torch.float32)
-        return residual
+        if out is None:
+            if out_dtype is not None:
+                raise ValueError("out_dtype must be None where y is added to a residual in place")
+            check_dtype("residual", residual, torch.float32)
+            return residual
     if out is None:
         return x.new_empty(shape, dtype=out_dtype or weight.dtype)
     check_shape("out", out, *shape)

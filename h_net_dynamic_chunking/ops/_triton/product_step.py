@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from h_net_dynamic_chunking.ops._triton.conv_step import (
+    Convolution,
+    convolution_arguments,
+    convolved,
+    sum_of_window,
+)
 from h_net_dynamic_chunking.ops._triton.step_common import (
+    check_active,
     check_contiguous,
     check_shape,
     launch_options,
@@ -29,17 +36,41 @@ MOST_ROWS = 64  # that a program holds
 
 
 @triton.jit
+def plus_product(y, x, weight, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """y + x weight^T. A weight in float32 is the sum of three numbers of bfloat16."""
+    if weight.dtype == tl.float32:
+        for _ in tl.static_range(3):
+            part = rounded(weight, DTYPE, INTERPRETED)
+            y = tl.dot(x, part.to(x.dtype).trans(), y)
+            weight -= part.to(tl.float32)
+    else:
+        y = tl.dot(x, weight.to(x.dtype).trans(), y)
+    return y
+
+
+@triton.jit
 def product_step_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
+    active_ptr,
     out_ptr,
+    window_ptr,
+    conv_weight_ptr,
+    conv_bias_ptr,
+    conv_out_ptr,
     rows,
     in_features,
     out_features,
     x_stride,
+    conv_first,
+    channels,
     SPLITS: tl.constexpr,
     SWIGLU: tl.constexpr,
+    BIASED: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
     PREFETCH: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,12 +84,19 @@ def product_step_kernel(
     share = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
     start = i_s * share
     end = tl.minimum(start + share, in_features)
-    # Outputs and rows that are not there repeat the last, and are not stored.
+    # Outputs that are not there repeat the last, and are not stored.
     row = weight_ptr + tl.minimum(o_n, out_features - 1).to(tl.int64)[:, None] * in_features
     gate_row = row + out_features.to(tl.int64) * in_features
-    x_row = x_ptr + tl.minimum(o_m, rows - 1).to(tl.int64)[:, None] * x_stride
+    x_row = x_ptr + o_m.to(tl.int64)[:, None] * x_stride
+    m_m, m_n = o_m < rows, o_n < out_features
+    # What all programs read again and again is x: of rows that rest, nothing. Before the wait, as
+    # in `state_step`.
+    live = m_m
+    if HAS_ACTIVE:
+        live = m_m & tl.load(active_ptr + o_m, m_m, False)
     if PREFETCH:
-        lines = tl.arange(0, BLOCK_K // 64) * 64
+        line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        lines = tl.arange(0, BLOCK_K // line) * line
         for k in range(start, end, BLOCK_K):
             o_line = tl.minimum(k + lines, in_features - 1)[None, :]
             prefetch(row + o_line)
@@ -69,20 +107,38 @@ def product_step_kernel(
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     y_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     for k in range(start, end, BLOCK_K):
         mask = (k + o_k < end)[None, :]
-        x = tl.load(x_row + (k + o_k)[None, :], mask, 0)
+        x = tl.load(x_row + (k + o_k)[None, :], mask & live[:, None], 0)
         if INTERPRETED:  # which multiplies the bits of bfloat16
             x = x.to(tl.float32)
-        y = tl.dot(x, tl.load(row + (k + o_k)[None, :], mask, 0).to(x.dtype).trans(), y)
+        y = plus_product(y, x, tl.load(row + (k + o_k)[None, :], mask, 0), dtype, INTERPRETED)
         if SWIGLU:
-            gate = tl.load(gate_row + (k + o_k)[None, :], mask, 0).to(x.dtype)
-            y_gate = tl.dot(x, gate.trans(), y_gate)
+            gate = tl.load(gate_row + (k + o_k)[None, :], mask, 0)
+            y_gate = plus_product(y_gate, x, gate, dtype, INTERPRETED)
+    if BIASED:
+        y += tl.load(bias_ptr + o_n, m_n, 0).to(tl.float32)[None, :]
     if SWIGLU:
         y *= silu(y_gate)
     p_out = out_ptr + (i_s * rows + o_m)[:, None].to(tl.int64) * out_features + o_n[None, :]
     y = rounded(y, out_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(p_out, y, (o_m < rows)[:, None] & (o_n < out_features)[None, :])
+    tl.store(p_out, y, m_m[:, None] & m_n[None, :])
+    if TAPS > 0:
+        # Read back: ptxas serialises the product where its registers are stored twice.
+        tl.debug_barrier()
+        first = tl.program_id(0) * BLOCK_N - conv_first
+        if (first + BLOCK_N > 0) & (first < channels):
+            o_c = first + tl.arange(0, BLOCK_N)
+            m_c = ((o_c >= 0) & (o_c < channels))[None, :]
+            m_w = live[:, None] & m_c
+            p_channel = o_m.to(tl.int64)[:, None] * channels + o_c[None, :]
+            window = window_ptr + p_channel * (TAPS - 1)
+            taps, bias = conv_weight_ptr + (o_c * TAPS)[None, :], conv_bias_ptr + o_c[None, :]
+            of_window = sum_of_window(window, taps, bias, m_w, m_c, TAPS)
+            new = tl.load(p_out, m_w, 0)
+            conv_out = convolved(of_window, new, window, taps, m_w, m_c, TAPS)
+            tl.store(conv_out_ptr + p_channel, conv_out, m_w)
 
 
 class Cut(NamedTuple):
@@ -103,17 +159,31 @@ class Cut(NamedTuple):
 
 @on_its_device
 def product_step(
-    x: Tensor, weight: Tensor, *, swiglu: bool = False, split: bool = False, cut: Cut | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    swiglu: bool = False,
+    split: bool = False,
+    convolution: Convolution | None = None,
+    active: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
     """x @ weight.T of at most 64 rows; with swiglu, value * silu(gate) of its two halves.
 
-    x:       (rows, in), dtype of `weight`; any stride between its rows that is a multiple of 8
-    weight:  (out, in), bfloat16 or float16, in a multiple of 8; with swiglu (2 * out, in), values
-             first
-    split:   whether the inputs may be split; then out is float32 (splits, rows, out), to be added
-             up over the splits
-    cut:     for measurements; None takes what was measured
-    out:     (rows, out), dtype of `weight`
+    x:            (rows, in), bfloat16 or float16; any stride between its rows that is a multiple
+                  of 8
+    weight:       (out, in), in a multiple of 8, in the dtype of x, or float32 beside bfloat16; with
+                  swiglu (2 * out, in), values first
+    bias:         (out,), float; not with swiglu or split
+    split:        whether the inputs may be split; then out is float32 (splits, rows, out), to be
+                  added up over the splits
+    convolution:  of some of the outputs, in their dtype; `out` may miss them. Not with split
+    active:       bool (rows,), or None for all. The others have x = 0
+    out_dtype:    of a product that is not split; None for the dtype of x
+    cut:          for measurements; None takes what was measured
+    out:          (rows, out)
 
     Summed in float32, and rounded once.
 
@@ -122,15 +192,26 @@ def product_step(
     """
     rows, in_features, out_features = _check(x, weight, swiglu)
     cut = cut or _usual(in_features, out_features, swiglu, split)
-    if cut.splits > 1 and not split:
+    if not split and cut.splits > 1:
         raise ValueError(f"cut must not split the inputs unless `split`, got {cut.splits}")
+    if bias is not None:
+        if swiglu or split:
+            raise ValueError("bias must be None with swiglu or split")
+        check_contiguous("bias", bias, out_features)
+    check_active(active, rows)
     if split:
         out = x.new_empty(cut.splits, rows, out_features, dtype=torch.float32)
     else:
-        out = x.new_empty(rows, out_features)
+        out = x.new_empty(rows, out_features, dtype=out_dtype)
+    if convolution is not None:
+        if split:
+            raise ValueError("convolution must be None with split")
+        convolution.check(rows, out.dtype, out_features)
     product_step_kernel[(triton.cdiv(out_features, cut.outputs), cut.splits)](
         x_ptr=x,
         weight_ptr=weight,
+        bias_ptr=x if bias is None else bias,
+        active_ptr=x if active is None else active,
         out_ptr=out,
         rows=rows,
         in_features=in_features,
@@ -138,12 +219,15 @@ def product_step(
         x_stride=x.stride(0),
         SPLITS=cut.splits,
         SWIGLU=swiglu,
+        BIASED=bias is not None,
+        HAS_ACTIVE=active is not None,
         PREFETCH=cut.prefetch and x.is_cuda,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
         BLOCK_N=cut.outputs,
         BLOCK_K=cut.inputs,
         num_warps=cut.warps,
         num_stages=cut.stages,
+        **convolution_arguments(convolution, x),
         **launch_options(x),
     )
     return out
@@ -151,15 +235,22 @@ def product_step(
 
 def fits_product_step(x: Tensor, weight: Tensor) -> bool:
     """Whether x (rows, in) and such a weight go to the kernel."""
-    half = weight.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
-    return half and x.shape[0] <= MOST_ROWS and x.shape[1] % 8 == 0 and weight.is_contiguous()
+    fits = x.shape[0] <= MOST_ROWS and x.shape[1] % 8 == 0 and weight.is_contiguous()
+    return fits and _fit(x.dtype, weight.dtype)
+
+
+def _fit(x: torch.dtype, weight: torch.dtype) -> bool:
+    if weight == torch.float32:
+        return x == torch.bfloat16
+    return x == weight and x in (torch.bfloat16, torch.float16)
 
 
 def _usual(in_features: int, out_features: int, swiglu: bool, split: bool) -> Cut:
-    if swiglu or not split:
-        return Cut(outputs=32, inputs=128, splits=1, stages=4, warps=4)
-    splits = max(1, min(8, 144 * 32 // out_features, in_features // 256))
-    return Cut(outputs=32, inputs=128, splits=splits, stages=4, warps=4)
+    if split:
+        splits = max(1, min(8, 144 * 32 // out_features, in_features // 256))
+        return Cut(outputs=32, inputs=128, splits=splits, stages=4, warps=4)
+    outputs = 32 if out_features > 2048 else 16
+    return Cut(outputs=outputs, inputs=128, splits=1, stages=4, warps=4)
 
 
 def _check(x: Tensor, weight: Tensor, swiglu: bool) -> tuple[int, int, int]:
@@ -167,9 +258,10 @@ def _check(x: Tensor, weight: Tensor, swiglu: bool) -> tuple[int, int, int]:
     if weight.ndim != 2 or 0 in weight.shape or (swiglu and weight.shape[0] % 2):
         wanted = "(2 * out, in)" if swiglu else "(out, in)"
         raise ValueError(f"weight must have shape {wanted}, got {tuple(weight.shape)}")
-    if weight.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
+    if not _fit(x.dtype, weight.dtype):
         raise ValueError(
-            f"x and weight must be both bfloat16 or float16, got {x.dtype} and {weight.dtype}"
+            "x and weight must be both bfloat16 or float16, or weight float32 beside bfloat16, "
+            f"got {x.dtype} and {weight.dtype}"
         )
     outputs, in_features = weight.shape
     check_contiguous("weight", weight, outputs, in_features)

@@ -30,13 +30,15 @@ def unit(x):
 def route_step_kernel(
     queries_keys_ptr,
     previous_key_ptr,
-    is_first_ptr,
+    chunks_ptr,
+    given_ptr,
     active_ptr,
     p_ptr,
     boundary_ptr,
     queries_keys_stride,
     threshold,
     DIM: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -57,9 +59,15 @@ def route_step_kernel(
     p = 0.5 - 0.5 * tl.sum(unit(q) * unit(previous), 0)
     # A NaN stays one, and is no boundary.
     p = tl.where(p < 0, 0.0, tl.where(p > 1, 1.0, p))
-    p = tl.where(load_flag(is_first_ptr + i_m, True), 1.0, p)
+    chunks = tl.load(chunks_ptr + i_m)
+    p = tl.where(chunks == 0, 1.0, p)
+    opens = p > threshold
+    if HAS_GIVEN:
+        opens = tl.load(given_ptr + i_m) | (chunks == 0)
+    opens = opens & live
     tl.store(p_ptr + i_m, tl.where(live, p, 0.0))
-    tl.store(boundary_ptr + i_m, (p > threshold) & live)
+    tl.store(boundary_ptr + i_m, opens)
+    tl.store(chunks_ptr + i_m, chunks + opens.to(tl.int64))
     k = rounded(k, previous_key_ptr.dtype.element_ty, INTERPRETED)
     tl.store(p_previous, k, mask & live)
 
@@ -68,18 +76,21 @@ def route_step_kernel(
 def route_step(
     queries_keys: Tensor,
     previous_key: Tensor,
-    is_first: Tensor,
+    chunks: Tensor,
     threshold: float,
     active: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """p = (1 - cos(q, previous key)) / 2 of each row, and whether it lies above the threshold.
 
     queries_keys:   (rows, 2 * dim), float: query and key of the position
     previous_key:   (rows, dim), float: the key before; replaced by the new one in place
-    is_first:       bool (rows,): rows whose first position this is; p = 1 there
+    chunks:         int64 (rows,): chunks so far; counts on in place. Where there is none, this is
+                    the first position of its row: p = 1, and a chunk opens
     threshold:      in (0, 1); a boundary needs p strictly above it
     active:         bool (rows,), or None for all. The others open no chunk, keep their previous
                     key to the bit, and have p = 0
+    given:          bool (rows,): boundaries to use in place of the threshold's
     out:            p, float32 (rows,), and the boundaries, bool (rows,)
 
     Norms and products are float32. A zero vector has p = 0.5; see `ops.boundary`.
@@ -94,21 +105,26 @@ def route_step(
     rows, dim = previous_key.shape
     check_shape("queries_keys", queries_keys, rows, 2 * dim)
     check_contiguous("previous_key", previous_key, rows, dim)
-    check_contiguous("is_first", is_first, rows)
-    check_dtype("is_first", is_first, torch.bool)
+    check_contiguous("chunks", chunks, rows)
+    check_dtype("chunks", chunks, torch.int64)
+    if given is not None:
+        check_contiguous("given", given, rows)
+        check_dtype("given", given, torch.bool)
     check_active(active, rows)
     p = queries_keys.new_empty(rows, dtype=torch.float32)
     boundary = queries_keys.new_empty(rows, dtype=torch.bool)
     route_step_kernel[(rows,)](
         queries_keys_ptr=queries_keys,
         previous_key_ptr=previous_key,
-        is_first_ptr=is_first,
-        active_ptr=is_first if active is None else active,
+        chunks_ptr=chunks,
+        given_ptr=boundary if given is None else given,
+        active_ptr=boundary if active is None else active,
         p_ptr=p,
         boundary_ptr=boundary,
         queries_keys_stride=queries_keys.stride(0),
         threshold=threshold,
         DIM=dim,
+        HAS_GIVEN=given is not None,
         HAS_ACTIVE=active is not None,
         BLOCK=triton.next_power_of_2(dim),
         num_warps=4,

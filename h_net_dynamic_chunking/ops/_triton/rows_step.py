@@ -6,11 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.step_common import (
+    check_active,
     check_contiguous,
     check_dtype,
     check_shape,
     launch_options,
     let_next_start,
+    load_flag,
     load_gated,
     on_its_device,
     rounded,
@@ -26,7 +28,9 @@ def norm_rows_kernel(
     x_ptr,
     gate_ptr,
     add_ptr,
+    keep_ptr,
     norm_ptr,
+    active_ptr,
     out_ptr,
     width,
     x_stride,
@@ -35,6 +39,8 @@ def norm_rows_kernel(
     eps,
     GATED: tl.constexpr,
     ADDED: tl.constexpr,
+    KEPT: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -45,6 +51,10 @@ def norm_rows_kernel(
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK)
     m_k = o_k < width
+    p_out = out_ptr + i_m * width + o_k
+    if not load_flag(active_ptr + i_m, HAS_ACTIVE):
+        tl.store(p_out, tl.zeros((BLOCK,), tl.float32), m_k)
+        return
     x_ptr += i_m * x_stride
     x = load_gated(x_ptr, gate_ptr + i_m * gate_stride, o_k, m_k, GATED)
     if ADDED > 0:
@@ -54,9 +64,11 @@ def norm_rows_kernel(
             added += tl.load(p_add, m_k, 0).to(tl.float32)
         x += added
         tl.store(x_ptr + o_k, x, m_k)
+    if KEPT:
+        tl.store(keep_ptr + i_m * width + o_k, x, m_k)
     x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     x *= tl.load(norm_ptr + o_k, m_k, 0).to(tl.float32)
-    tl.store(out_ptr + i_m * width + o_k, rounded(x, out_ptr.dtype.element_ty, INTERPRETED), m_k)
+    tl.store(p_out, rounded(x, out_ptr.dtype.element_ty, INTERPRETED), m_k)
 
 
 @triton.jit
@@ -87,6 +99,9 @@ def norm_rows(
     *,
     gate: Tensor | None = None,
     add: Tensor | None = None,
+    keep: Tensor | None = None,
+    active: Tensor | None = None,
+    begins: bool = False,
     eps: float = 1e-5,
 ) -> Tensor:
     """RMSNorm of x + add, or of x silu(gate), in the dtype of `norm_weight`.
@@ -95,7 +110,10 @@ def norm_rows(
     norm_weight:  (width,)
     gate:         (rows, width), float; x and gate may be views with any stride between their rows
     add:          (rows, width), float, contiguous; or (parts, rows, width), added up first
-    out:          (rows, width), rounded once
+    keep:         float32 (rows, width): gets x
+    active:       bool (rows,), or None for all. The others change nothing
+    begins:       whether to start only when all kernels before have ended
+    out:          (rows, width), rounded once; zeros where a row is not active
 
     Raises:
         ValueError: shapes or dtypes off the contract.
@@ -108,12 +126,18 @@ def norm_rows(
     if add is not None:
         check_contiguous("add", add, *add.shape[:-2], rows, width)
         check_dtype("x", x, torch.float32)
+    if keep is not None:
+        check_contiguous("keep", keep, rows, width)
+        check_dtype("keep", keep, torch.float32)
+    check_active(active, rows)
     out = norm_weight.new_empty(rows, width)
     norm_rows_kernel[(rows,)](
         x_ptr=x,
         gate_ptr=x if gate is None else gate,
         add_ptr=x if add is None else add,
+        keep_ptr=x if keep is None else keep,
         norm_ptr=norm_weight,
+        active_ptr=x if active is None else active,
         out_ptr=out,
         width=width,
         x_stride=x.stride(0),
@@ -122,9 +146,11 @@ def norm_rows(
         eps=eps,
         GATED=gate is not None,
         ADDED=0 if add is None else add.numel() // (rows * width),
+        KEPT=keep is not None,
+        HAS_ACTIVE=active is not None,
         BLOCK=triton.next_power_of_2(width),
         num_warps=4,
-        **launch_options(x),
+        **launch_options(x, begins),
     )
     return out
 

@@ -3,7 +3,9 @@
 A step is a chain of short kernels, and starting one costs as much as running it. On Hopper and
 later the kernels therefore overlap (programmatic dependent launch): each starts while the one
 before still runs, asks for its weights, and waits for the other's results in `wait_for_inputs`.
-Weights, which no kernel writes, may be read before that; nothing else is, and nothing is written.
+Weights, which no kernel writes, may be read before that. So may flags and caches which only other
+stacks and other steps have written, because the first kernel of a stack overlaps with none. Nothing
+else is, and nothing is written.
 """
 
 import functools
@@ -96,14 +98,17 @@ def on_its_device(launcher: Launcher) -> Launcher:
     return cast(Launcher, launch)
 
 
-def launch_options(tensor: Tensor) -> dict[str, Any]:
-    """Keywords of a launch: two flags of every kernel, and what the driver must know of them."""
+def launch_options(tensor: Tensor, begins: bool = False) -> dict[str, Any]:
+    """Keywords of a launch: two flags of every kernel, and what the driver must know of them.
+
+    begins: whether the kernel starts only when all before it have ended.
+    """
     if tensor.device.type != "cuda":
         return {"INTERPRETED": True, "OVERLAP": False}
     overlap = overlap_launches
     if overlap is None:
         overlap = torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-    return {"INTERPRETED": False, "OVERLAP": overlap, "launch_pdl": overlap}
+    return {"INTERPRETED": False, "OVERLAP": overlap, "launch_pdl": overlap and not begins}
 
 
 def check_shape(name: str, tensor: Tensor, *shape: int) -> None:

@@ -1,0 +1,178 @@
+"""One position of the Mamba-2 recurrence behind its convolution; see `layers.mamba2`.
+
+    S <- exp(dt A) S + dt x B^T,      y = S C + D x,      for each head
+
+What this costs is S, read and written once. The convolution is not in it: the channels of B and C
+are shared by all heads, and must be read before the first of them moves on; see `conv_step`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h_net_dynamic_chunking.ops._triton.step_common import (
+    check_active,
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    launch_options,
+    let_next_start,
+    load_flag,
+    on_its_device,
+    prefetch,
+    rounded,
+    wait_for_inputs,
+)
+
+# Channels of a head that one program updates: small, so that one row already keeps a device busy
+# (32 heads of 64 channels are 256 programs).
+_HEAD_BLOCK = 8
+_WARPS = 2
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), also where e^x is small beside 1; x itself above 20, as in torch."""
+    e = tl.exp(tl.minimum(x, 20))
+    u = 1 + e
+    # The quotient makes up for what 1 + e has lost of e.
+    log1p = tl.where(u > 1, tl.log(u) * (e / tl.where(u > 1, u - 1, 1)), e)
+    return tl.where(x > 20, x, log1p)
+
+
+@triton.jit
+def state_step_kernel(
+    conv_out_ptr,
+    dt_ptr,
+    state_ptr,
+    dt_bias_ptr,
+    A_log_ptr,
+    D_ptr,
+    active_ptr,
+    y_ptr,
+    channels,
+    dt_stride,
+    heads,
+    head_dim,
+    d_state,
+    HAS_ACTIVE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """BLOCK_P channels of one head of one row; tiles are (channel, state)."""
+    i_m, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_n = tl.arange(0, BLOCK_N)
+    m_p, m_n = o_p < head_dim, o_n < d_state
+    p_y = y_ptr + (i_m * heads + i_h) * head_dim + o_p
+    # Before the wait: flags do not change within a stack, whose first kernel overlaps with none.
+    live = load_flag(active_ptr + i_m, HAS_ACTIVE)
+    if not live:
+        let_next_start(OVERLAP)
+        wait_for_inputs(OVERLAP)
+        tl.store(p_y, tl.zeros((BLOCK_P,), tl.float32), m_p)
+        return
+    p_state = state_ptr + (i_m * heads + i_h) * head_dim * d_state
+    p_state += o_p[:, None] * d_state + o_n[None, :]
+    if OVERLAP:
+        lines = tl.arange(0, BLOCK_N // 32) * 32
+        o_line = tl.minimum(o_p, head_dim - 1)[:, None] * d_state + lines[None, :]
+        row = state_ptr + (i_m * heads + i_h) * head_dim * d_state
+        prefetch(row + tl.minimum(o_line, head_dim * d_state - 1))
+    let_next_start(OVERLAP)
+    wait_for_inputs(OVERLAP)
+
+    mask = m_p[:, None] & m_n[None, :]
+    state = tl.load(p_state, mask, 0)
+    dt = tl.load(dt_ptr + i_m * dt_stride + i_h).to(tl.float32)
+    dt = softplus(dt + tl.load(dt_bias_ptr + i_h).to(tl.float32))
+    A = -tl.exp(tl.load(A_log_ptr + i_h).to(tl.float32))
+    row = conv_out_ptr + i_m * channels
+    x = tl.load(row + i_h * head_dim + o_p, m_p, 0)
+    B = tl.load(row + heads * head_dim + o_n, m_n, 0)
+    C = tl.load(row + heads * head_dim + d_state + o_n, m_n, 0)
+
+    state = tl.exp(dt * A) * state + (dt * x)[:, None] * B[None, :]
+    tl.store(p_state, state, mask)
+    y = tl.sum(state * C[None, :], 1) + tl.load(D_ptr + i_h).to(tl.float32) * x
+    tl.store(p_y, rounded(y, y_ptr.dtype.element_ty, INTERPRETED), m_p)
+
+
+@on_its_device
+def state_step(
+    conv_out: Tensor,
+    dt: Tensor,
+    state: Tensor,
+    *,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_dtype: torch.dtype,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Recurrence and skip of one position; moves `state` on in place.
+
+    conv_out:     float32 (rows, channels), of `conv_step`; channels are x | B | C, which are
+                  d_inner, d_state and d_state
+    dt:           (rows, heads), float, as `in_proj` has it; any stride between its rows
+    state:        (rows, heads, head_dim, d_state), float32
+    dt_bias, A_log, D: (heads,)
+    active:       bool (rows,), or None for all. The others keep their state to the bit
+    out:          (rows, d_inner), `out_dtype`; zeros where a row is not active
+
+    Computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+    """
+    _check(conv_out, dt, state, dt_bias, A_log, D, active)
+    rows, heads, head_dim, d_state = state.shape
+    y = conv_out.new_empty(rows, heads * head_dim, dtype=out_dtype)
+    state_step_kernel[(rows, heads, triton.cdiv(head_dim, _HEAD_BLOCK))](
+        conv_out_ptr=conv_out,
+        dt_ptr=dt,
+        state_ptr=state,
+        dt_bias_ptr=dt_bias,
+        A_log_ptr=A_log,
+        D_ptr=D,
+        active_ptr=dt if active is None else active,
+        y_ptr=y,
+        channels=conv_out.shape[1],
+        dt_stride=dt.stride(0),
+        heads=heads,
+        head_dim=head_dim,
+        d_state=d_state,
+        HAS_ACTIVE=active is not None,
+        BLOCK_P=_HEAD_BLOCK,
+        BLOCK_N=max(32, triton.next_power_of_2(d_state)),
+        num_warps=_WARPS,
+        **launch_options(conv_out),
+    )
+    return y
+
+
+def _check(
+    conv_out: Tensor,
+    dt: Tensor,
+    state: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    active: Tensor | None,
+) -> None:
+    if state.ndim != 4:
+        raise ValueError(
+            f"state must be (rows, heads, head_dim, d_state), got {tuple(state.shape)}"
+        )
+    rows, heads, head_dim, d_state = state.shape
+    check_contiguous("state", state, *state.shape)
+    check_dtype("state", state, torch.float32)
+    check_contiguous("conv_out", conv_out, rows, heads * head_dim + 2 * d_state)
+    check_dtype("conv_out", conv_out, torch.float32)
+    check_shape("dt", dt, rows, heads)
+    for name, tensor in (("dt_bias", dt_bias), ("A_log", A_log), ("D", D)):
+        check_contiguous(name, tensor, heads)
+    check_active(active, rows)
