@@ -6,7 +6,9 @@ in a step or when a piece of text is read between two of them, and everything is
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ class Recording:
         for piece in self._pieces():
             before = [positions.bound for positions in self._all_positions]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side):
+            with _without_collection(), torch.cuda.graph(graph, pool=pool, stream=side):
                 piece()
             self._graphs.append(graph)
             self._positions.append(
@@ -109,6 +111,18 @@ class Recording:
         # The bound counts steps of rows that rest, too, so that some may grow early.
         self._growing = [] if at_once else growing
         self._slots = [cache.slots for cache in self._growing]
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No graph of before is collected in here: to free one breaks off what is being recorded."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _found(cache: Any, wanted: type) -> list[Any]:

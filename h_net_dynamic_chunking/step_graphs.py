@@ -9,6 +9,7 @@ reads whether any row opened a chunk, and leaves out all that is inside where no
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -63,7 +64,15 @@ class StepGraphs:
         self._entered: list[Entered] = []
         self._z: Tensor | None = None
         self.logits: Tensor | None = None
-        self._recording = Recording(self._segments, [cache, positions], [active])
+        # A circle would keep graphs and caches until Python looks for circles.
+        segments = WeakMethod(self._segments)
+
+        def pieces() -> list[Callable[[], None]]:
+            alive = segments()
+            assert alive is not None
+            return alive()
+
+        self._recording = Recording(pieces, [cache, positions], [active])
 
     @property
     def decisions(self) -> tuple[Decision, ...]:

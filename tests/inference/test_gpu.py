@@ -1,5 +1,6 @@
 """Decoding on a GPU: kernels for few rows and CUDA graphs, against one forward."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -176,6 +177,23 @@ def test_a_row_alone_gives_the_row_in_a_batch() -> None:
     together = continuation(ids)
     for row in (0, 7, 19):
         assert torch.equal(continuation(ids[row : row + 1])[0], together[row])
+
+
+def test_graphs_of_before_are_not_freed_while_others_are_recorded() -> None:
+    """Python looks for garbage at every turn, and the old graphs are in a circle."""
+    model, thresholds = gpu_model("one_stage", torch.float32), gc.get_threshold()
+    texts = []
+    for _ in range(3):
+        circle: list[Any] = [model.allocate_inference_cache(4, 8)]
+        circle.append(circle)
+        model.step(random_ids(4, 1).cuda(), circle[0])
+        del circle
+        gc.set_threshold(1)
+        try:
+            texts.append(generate(model, ["a", "b", "c", "d"], 40, temperature=0, eos=False))
+        finally:
+            gc.set_threshold(*thresholds)
+    assert texts == texts[:1] * 3
 
 
 @pytest.mark.parametrize("batch", BATCHES)
