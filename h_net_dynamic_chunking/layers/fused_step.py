@@ -1,13 +1,12 @@
 """One step of a whole stack on kernels of its own: a handful of launches a layer.
 
-    one row       norm, product, gate and residual of a linear layer are one kernel
-    several rows  one kernel stands between two products, which are torch's from 65 rows on, and in
-                  float32
+    one row       norm, product, convolution, gate and residual of a linear layer are one kernel
+    several rows  a norm, which adds to the residual stream, stands between two products; these are
+                  torch's from 65 rows on, and in float32
 
-The recurrence of Mamba-2 and the attention to a cache have their kernels in either case, the
-convolution is part of our products. Rows that rest cost next to nothing. Numbers
-are those of the layers' own steps, but for roundings: for one row, what a layer adds to the
-residual stream is not rounded to the dtype of the weights first.
+The recurrence of Mamba-2 and the attention to a cache have their kernels in either case. Rows that
+rest cost next to nothing. Numbers are those of the layers' own steps, but for roundings: what a
+layer adds to the residual stream is not rounded to the dtype of the weights first.
 """
 
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from h_net_dynamic_chunking.step_kernels import fits_step_kernels
 
 if TYPE_CHECKING:
     from h_net_dynamic_chunking.ops._triton.conv_step import Convolution
+    from h_net_dynamic_chunking.ops._triton.state_step import Gated
 
 # Off for measurements only: the products of several rows are torch's.
 own_products = True
@@ -103,21 +103,15 @@ class _OneRow:
             begins=begins,
         )
 
-    def add(
-        self,
-        x: Tensor,
-        linear: nn.Linear,
-        gate: Tensor | None = None,
-        norm: nn.RMSNorm | None = None,
-    ) -> None:
+    def add(self, x: Tensor, linear: nn.Linear, gated: "Gated | None" = None) -> None:
         """Add a linear layer of x, or of x gated and normed."""
         from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 
         self._stream = linear_step(
             x,
             linear.weight,
-            gate=gate,
-            norm_weight=None if norm is None else norm.weight,
+            gate=None if gated is None else gated.gate,
+            norm_weight=None if gated is None else gated.norm_weight,
             residual=self._stream,
             out=None if self._wide else _empty_stream(self._stream),
         )
@@ -136,6 +130,7 @@ class _SeveralRows(_OneRow):
     def __init__(self, x: Tensor, active: Tensor | None) -> None:
         super().__init__(x, active)
         self._added: Tensor | None = None
+        self._mean_square: Tensor | None = None
 
     def project(
         self,
@@ -150,26 +145,19 @@ class _SeveralRows(_OneRow):
 
         x = self.normed(norm)
         if own_products and fits_product_step(x, linear.weight):
-            return product_step(
-                x, linear.weight, swiglu=swiglu, convolution=convolution, active=self._active
-            )
-        product = F.linear(x, linear.weight)
+            product = product_step(x, linear.weight, swiglu=swiglu, active=self._active)
+        else:
+            product = F.linear(x, linear.weight)
+            product = swiglu_rows(product) if swiglu else product
         if convolution is not None:
             conv_step(product, convolution, self._active)
-        return swiglu_rows(product) if swiglu else product
+        return product
 
-    def add(
-        self,
-        x: Tensor,
-        linear: nn.Linear,
-        gate: Tensor | None = None,
-        norm: nn.RMSNorm | None = None,
-    ) -> None:
+    def add(self, x: Tensor, linear: nn.Linear, gated: "Gated | None" = None) -> None:
+        """The same, where x is gated, and normed but for the scale."""
         from h_net_dynamic_chunking.ops._triton.product_step import fits_product_step, product_step
-        from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
 
-        if norm is not None:
-            x = norm_rows(x, norm.weight, gate=gate, active=self._active)
+        self._mean_square = None if gated is None else gated.mean_square
         if own_products and fits_product_step(x, linear.weight):
             self._added = product_step(x, linear.weight, split=True, active=self._active)
         else:
@@ -183,7 +171,13 @@ class _SeveralRows(_OneRow):
             x, self._stream = self._stream, _empty_stream(self._stream)
             return norm_rows(x, norm.weight, keep=self._stream, active=self._active, begins=True)
         added, self._added = self._added, None
-        return norm_rows(self._stream, norm.weight, add=added, active=self._active)
+        return norm_rows(
+            self._stream,
+            norm.weight,
+            add=added,
+            mean_square=self._mean_square,
+            active=self._active,
+        )
 
 
 def _empty_stream(x: Tensor) -> Tensor:
@@ -192,7 +186,7 @@ def _empty_stream(x: Tensor) -> Tensor:
 
 def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor | None) -> None:
     from h_net_dynamic_chunking.ops._triton.conv_step import Convolution
-    from h_net_dynamic_chunking.ops._triton.state_step import state_step
+    from h_net_dynamic_chunking.ops._triton.state_step import Gated, parts, state_step
 
     mixer = block.mixer
     assert isinstance(mixer, Mamba2)
@@ -205,6 +199,12 @@ def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor 
         first=mixer.d_inner,
     )
     projected = stream.project(block.norm1, mixer.in_proj, convolution=convolution)
+    rows = len(projected)
+    gated = Gated(
+        projected[:, : mixer.d_inner],
+        mixer.norm.weight,
+        mean_square=cache.state.new_empty(rows, parts(cache.state)),
+    )
     y = state_step(
         convolution.out,
         projected[:, -mixer.num_heads :],
@@ -214,8 +214,9 @@ def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor 
         D=mixer.D,
         out_dtype=projected.dtype,
         active=active,
+        gated=None if rows == 1 else gated,
     )
-    stream.add(y, mixer.out_proj, gate=projected[:, : mixer.d_inner], norm=mixer.norm)
+    stream.add(y, mixer.out_proj, gated)
 
 
 def _add_attention(stream: _OneRow, block: Block, cache: AttentionCache, rows: Rows) -> None:

@@ -118,7 +118,8 @@ def attention_step_kernel(
     head = i_m * slots * slot_stride + i_h * HEAD_DIM
     o_t = tl.arange(0, BLOCK_S)
     if OVERLAP:
-        lines = tl.arange(0, BLOCK_D // 64) * 64
+        line: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
+        lines = tl.arange(0, (BLOCK_D + line - 1) // line) * line
         for s in range(start, tl.minimum(end, start + 4 * BLOCK_S), BLOCK_S):
             o_s = tl.minimum(s + o_t, slots - 1).to(tl.int64)
             tile = head + o_s[:, None] * slot_stride + tl.minimum(lines, HEAD_DIM - 1)[None, :]
@@ -265,7 +266,7 @@ def attention_step(
     else:
         splits = min(slots // _SLOTS_A_SPLIT, _PROGRAMS // (rows * heads))
     splits = triton.next_power_of_2(max(1, min(splits, _MOST_SPLITS)))
-    tile = tile or (Tile(64, 2, 8) if alone else Tile(32, 3, 4))
+    tile = tile or (Tile(64, 2, 8) if alone else Tile(32, 2, 4))
     block_d = triton.next_power_of_2(head_dim)
     out = qkv.new_empty(rows, heads * head_dim)
     parts, sums = out, out

@@ -78,13 +78,13 @@ def linear_step_kernel(
     value = tl.load(p_value, m_w, 0)
     if SWIGLU:
         value_gate = tl.load(p_gate, m_w, 0)
-    wait_for_inputs(OVERLAP)
     if TAPS > 0:
         o_c = o_n - conv_first
         m_c = (o_c >= 0) & (o_c < channels) & load_flag(active_ptr, HAS_ACTIVE)
         window = window_ptr + o_c * (TAPS - 1)
         taps = conv_weight_ptr + o_c * TAPS
-        of_window = sum_of_window(window, taps, conv_bias_ptr + o_c, m_c, m_c, TAPS)
+        of_window = sum_of_window(window, taps, conv_bias_ptr + o_c, m_c, TAPS)
+    wait_for_inputs(OVERLAP)
 
     y = tl.zeros((BLOCK_N,), tl.float32)
     y_gate = tl.zeros((BLOCK_N,), tl.float32)
@@ -117,7 +117,7 @@ def linear_step_kernel(
         y += tl.load(residual_ptr + o_n, m_n, 0).to(tl.float32)
     y = rounded(y, out_ptr.dtype.element_ty, INTERPRETED)
     if TAPS > 0:
-        conv_out = convolved(of_window, y, window, taps, m_c, m_c, TAPS)
+        conv_out = convolved(of_window, y, window, taps, m_c, TAPS)
         tl.store(conv_out_ptr + o_c, conv_out, m_c)
     tl.store(out_ptr + o_n, y, m_n)
 

@@ -13,12 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.conv_step import (
-    Convolution,
-    convolution_arguments,
-    convolved,
-    sum_of_window,
-)
 from h_net_dynamic_chunking.ops._triton.step_common import (
     check_active,
     check_contiguous,
@@ -37,12 +31,19 @@ MOST_ROWS = 64  # that a program holds
 
 @triton.jit
 def plus_product(y, x, weight, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """y + x weight^T. A weight in float32 is the sum of three numbers of bfloat16."""
+    """y + x weight^T. A weight in float32 is the sum of three numbers of bfloat16.
+
+    Tensor cores cut off what they add to a sum. So that it is as exact as float32, a tile of such a
+    weight has a sum of its own there, the smallest numbers first, which is rounded when it joins y.
+    """
     if weight.dtype == tl.float32:
-        for _ in tl.static_range(3):
-            part = rounded(weight, DTYPE, INTERPRETED)
-            y = tl.dot(x, part.to(x.dtype).trans(), y)
-            weight -= part.to(tl.float32)
+        high = rounded(weight, DTYPE, INTERPRETED)
+        weight -= high.to(tl.float32)
+        middle = rounded(weight, DTYPE, INTERPRETED)
+        low = rounded(weight - middle.to(tl.float32), DTYPE, INTERPRETED)
+        tile = tl.dot(x, low.to(x.dtype).trans())
+        tile = tl.dot(x, middle.to(x.dtype).trans(), tile)
+        y += tl.dot(x, high.to(x.dtype).trans(), tile)
     else:
         y = tl.dot(x, weight.to(x.dtype).trans(), y)
     return y
@@ -55,22 +56,15 @@ def product_step_kernel(
     bias_ptr,
     active_ptr,
     out_ptr,
-    window_ptr,
-    conv_weight_ptr,
-    conv_bias_ptr,
-    conv_out_ptr,
     rows,
     in_features,
     out_features,
     x_stride,
-    conv_first,
-    channels,
     SPLITS: tl.constexpr,
     SWIGLU: tl.constexpr,
     BIASED: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     PREFETCH: tl.constexpr,
-    TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -124,21 +118,6 @@ def product_step_kernel(
     p_out = out_ptr + (i_s * rows + o_m)[:, None].to(tl.int64) * out_features + o_n[None, :]
     y = rounded(y, out_ptr.dtype.element_ty, INTERPRETED)
     tl.store(p_out, y, m_m[:, None] & m_n[None, :])
-    if TAPS > 0:
-        # Read back: ptxas serialises the product where its registers are stored twice.
-        tl.debug_barrier()
-        first = tl.program_id(0) * BLOCK_N - conv_first
-        if (first + BLOCK_N > 0) & (first < channels):
-            o_c = first + tl.arange(0, BLOCK_N)
-            m_c = ((o_c >= 0) & (o_c < channels))[None, :]
-            m_w = live[:, None] & m_c
-            p_channel = o_m.to(tl.int64)[:, None] * channels + o_c[None, :]
-            window = window_ptr + p_channel * (TAPS - 1)
-            taps, bias = conv_weight_ptr + (o_c * TAPS)[None, :], conv_bias_ptr + o_c[None, :]
-            of_window = sum_of_window(window, taps, bias, m_w, m_c, TAPS)
-            new = tl.load(p_out, m_w, 0)
-            conv_out = convolved(of_window, new, window, taps, m_w, m_c, TAPS)
-            tl.store(conv_out_ptr + p_channel, conv_out, m_w)
 
 
 class Cut(NamedTuple):
@@ -165,7 +144,6 @@ def product_step(
     bias: Tensor | None = None,
     swiglu: bool = False,
     split: bool = False,
-    convolution: Convolution | None = None,
     active: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     cut: Cut | None = None,
@@ -179,7 +157,6 @@ def product_step(
     bias:         (out,), float; not with swiglu or split
     split:        whether the inputs may be split; then out is float32 (splits, rows, out), to be
                   added up over the splits
-    convolution:  of some of the outputs, in their dtype; `out` may miss them. Not with split
     active:       bool (rows,), or None for all. The others have x = 0
     out_dtype:    of a product that is not split; None for the dtype of x
     cut:          for measurements; None takes what was measured
@@ -203,10 +180,6 @@ def product_step(
         out = x.new_empty(cut.splits, rows, out_features, dtype=torch.float32)
     else:
         out = x.new_empty(rows, out_features, dtype=out_dtype)
-    if convolution is not None:
-        if split:
-            raise ValueError("convolution must be None with split")
-        convolution.check(rows, out.dtype, out_features)
     product_step_kernel[(triton.cdiv(out_features, cut.outputs), cut.splits)](
         x_ptr=x,
         weight_ptr=weight,
@@ -227,7 +200,6 @@ def product_step(
         BLOCK_K=cut.inputs,
         num_warps=cut.warps,
         num_stages=cut.stages,
-        **convolution_arguments(convolution, x),
         **launch_options(x),
     )
     return out
@@ -246,11 +218,16 @@ def _fit(x: torch.dtype, weight: torch.dtype) -> bool:
 
 
 def _usual(in_features: int, out_features: int, swiglu: bool, split: bool) -> Cut:
+    """Near the best of some, for the products of hnet_1stage_L on 43 of 64 rows (H200)."""
+    splits = 1
     if split:
-        splits = max(1, min(8, 144 * 32 // out_features, in_features // 256))
-        return Cut(outputs=32, inputs=128, splits=splits, stages=4, warps=4)
-    outputs = 32 if out_features > 2048 else 16
-    return Cut(outputs=outputs, inputs=128, splits=1, stages=4, warps=4)
+        outputs, programs = (64, 120) if in_features > 2048 else (32, 144)
+        splits = max(1, min(8, programs * outputs // out_features, in_features // 256))
+    elif swiglu:
+        outputs = 32
+    else:
+        outputs = 64 if out_features > 2048 else 32 if out_features > 1024 else 16
+    return Cut(outputs, 128, splits, stages=4, warps=4, prefetch=not swiglu)
 
 
 def _check(x: Tensor, weight: Tensor, swiglu: bool) -> tuple[int, int, int]:

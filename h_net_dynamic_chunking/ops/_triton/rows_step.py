@@ -13,7 +13,6 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     launch_options,
     let_next_start,
     load_flag,
-    load_gated,
     on_its_device,
     rounded,
     silu,
@@ -26,19 +25,19 @@ _CHANNELS = 1024  # that a program of the SwiGLU handles
 @triton.jit
 def norm_rows_kernel(
     x_ptr,
-    gate_ptr,
     add_ptr,
+    mean_square_ptr,
     keep_ptr,
     norm_ptr,
     active_ptr,
     out_ptr,
     width,
     x_stride,
-    gate_stride,
     add_stride,
+    mean_square_parts,
     eps,
-    GATED: tl.constexpr,
     ADDED: tl.constexpr,
+    SCALED: tl.constexpr,
     KEPT: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -47,27 +46,34 @@ def norm_rows_kernel(
 ):
     """One row."""
     let_next_start(OVERLAP)
-    wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK)
     m_k = o_k < width
     p_out = out_ptr + i_m * width + o_k
-    if not load_flag(active_ptr + i_m, HAS_ACTIVE):
+    live = load_flag(active_ptr + i_m, HAS_ACTIVE)
+    weight = tl.load(norm_ptr + o_k, m_k, 0).to(tl.float32)
+    wait_for_inputs(OVERLAP)
+    if not live:
         tl.store(p_out, tl.zeros((BLOCK,), tl.float32), m_k)
         return
     x_ptr += i_m * x_stride
-    x = load_gated(x_ptr, gate_ptr + i_m * gate_stride, o_k, m_k, GATED)
+    x = tl.load(x_ptr + o_k, m_k, 0).to(tl.float32)
     if ADDED > 0:
         added = tl.zeros((BLOCK,), tl.float32)
         for part in tl.static_range(ADDED):
             p_add = add_ptr + part * add_stride + i_m * width + o_k
             added += tl.load(p_add, m_k, 0).to(tl.float32)
+        if SCALED > 0:
+            o_s = tl.arange(0, SCALED)
+            row = mean_square_ptr + i_m * mean_square_parts
+            squares = tl.load(row + o_s, o_s < mean_square_parts, 0)
+            added *= tl.rsqrt(tl.sum(squares, 0) + eps)
         x += added
         tl.store(x_ptr + o_k, x, m_k)
     if KEPT:
         tl.store(keep_ptr + i_m * width + o_k, x, m_k)
     x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    x *= tl.load(norm_ptr + o_k, m_k, 0).to(tl.float32)
+    x *= weight
     tl.store(p_out, rounded(x, out_ptr.dtype.element_ty, INTERPRETED), m_k)
 
 
@@ -97,19 +103,20 @@ def norm_rows(
     x: Tensor,
     norm_weight: Tensor,
     *,
-    gate: Tensor | None = None,
     add: Tensor | None = None,
+    mean_square: Tensor | None = None,
     keep: Tensor | None = None,
     active: Tensor | None = None,
     begins: bool = False,
     eps: float = 1e-5,
 ) -> Tensor:
-    """RMSNorm of x + add, or of x silu(gate), in the dtype of `norm_weight`.
+    """RMSNorm of x + add, in the dtype of `norm_weight`.
 
-    x:            (rows, width), float; float32 with `add`, which is added to it in place
+    x:            (rows, width), float, with any stride between its rows; float32 with `add`, which
+                  is added to it in place
     norm_weight:  (width,)
-    gate:         (rows, width), float; x and gate may be views with any stride between their rows
     add:          (rows, width), float, contiguous; or (parts, rows, width), added up first
+    mean_square:  float32 (rows, parts), of `state_step`: `add` is divided by the root of their sum
     keep:         float32 (rows, width): gets x
     active:       bool (rows,), or None for all. The others change nothing
     begins:       whether to start only when all kernels before have ended
@@ -121,11 +128,13 @@ def norm_rows(
     rows, width = x.shape
     check_shape("x", x, rows, width)
     check_contiguous("norm_weight", norm_weight, width)
-    if gate is not None:
-        check_shape("gate", gate, rows, width)
     if add is not None:
         check_contiguous("add", add, *add.shape[:-2], rows, width)
         check_dtype("x", x, torch.float32)
+    parts = 0 if mean_square is None else mean_square.shape[-1]
+    if mean_square is not None:
+        check_contiguous("mean_square", mean_square, rows, parts)
+        check_dtype("mean_square", mean_square, torch.float32)
     if keep is not None:
         check_contiguous("keep", keep, rows, width)
         check_dtype("keep", keep, torch.float32)
@@ -133,19 +142,19 @@ def norm_rows(
     out = norm_weight.new_empty(rows, width)
     norm_rows_kernel[(rows,)](
         x_ptr=x,
-        gate_ptr=x if gate is None else gate,
         add_ptr=x if add is None else add,
+        mean_square_ptr=x if mean_square is None else mean_square,
         keep_ptr=x if keep is None else keep,
         norm_ptr=norm_weight,
         active_ptr=x if active is None else active,
         out_ptr=out,
         width=width,
         x_stride=x.stride(0),
-        gate_stride=0 if gate is None else gate.stride(0),
         add_stride=rows * width,
+        mean_square_parts=parts,
         eps=eps,
-        GATED=gate is not None,
         ADDED=0 if add is None else add.numel() // (rows * width),
+        SCALED=0 if mean_square is None else triton.next_power_of_2(parts),
         KEPT=keep is not None,
         HAS_ACTIVE=active is not None,
         BLOCK=triton.next_power_of_2(width),

@@ -3,8 +3,12 @@
     S <- exp(dt A) S + dt x B^T,      y = S C + D x,      for each head
 
 What this costs is S, read and written once. The convolution is not in it: the channels of B and C
-are shared by all heads, and must be read before the first of them moves on; see `conv_step`.
+are shared by all heads, and must be read before the first of them moves on; see `conv_step`. The
+gate and the RMSNorm behind it can be, but for the scale: it is one number for a row, which the
+kernel behind the next product applies; see `rows_step.norm_rows`.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,13 +26,15 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     on_its_device,
     prefetch,
     rounded,
+    silu,
     wait_for_inputs,
 )
 
-# Channels of a head that one program updates: small, so that one row already keeps a device busy
-# (32 heads of 64 channels are 256 programs).
-_HEAD_BLOCK = 8
-_WARPS = 2
+# Channels of a head that one program updates, and its warps: of a row alone few, so that it already
+# keeps a device busy (32 heads of 64 channels are 256 programs); of several many, because of those
+# that rest: 64 rows with none active took 21 us with the one and 6 with the other (H200).
+_ALONE = 8, 2
+_SEVERAL = 32, 4
 
 
 @triton.jit
@@ -50,13 +56,18 @@ def state_step_kernel(
     A_log_ptr,
     D_ptr,
     active_ptr,
+    gate_ptr,
+    norm_ptr,
+    mean_square_ptr,
     y_ptr,
     channels,
     dt_stride,
+    gate_stride,
     heads,
     head_dim,
     d_state,
     HAS_ACTIVE: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -98,7 +109,39 @@ def state_step_kernel(
     state = tl.exp(dt * A) * state + (dt * x)[:, None] * B[None, :]
     tl.store(p_state, state, mask)
     y = tl.sum(state * C[None, :], 1) + tl.load(D_ptr + i_h).to(tl.float32) * x
+    if GATED:
+        o_c = i_h * head_dim + o_p
+        y *= silu(tl.load(gate_ptr + i_m * gate_stride + o_c, m_p, 0).to(tl.float32))
+        y = tl.where(m_p, y, 0)
+        part = (i_m * heads + i_h) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(mean_square_ptr + part, tl.sum(y * y, 0) / (heads * head_dim))
+        y *= tl.load(norm_ptr + o_c, m_p, 0).to(tl.float32)
     tl.store(p_y, rounded(y, y_ptr.dtype.element_ty, INTERPRETED), m_p)
+
+
+class Gated(NamedTuple):
+    """A gate and an RMSNorm behind the recurrence, without its scale."""
+
+    gate: Tensor
+    """(rows, d_inner), float; any stride between its rows."""
+    norm_weight: Tensor
+    """(d_inner,)."""
+    mean_square: Tensor
+    """float32 (rows, parts), see `parts`: gets what adds up to the mean square of y silu(gate), in
+    rows that are active. The scale of the norm is 1 / sqrt(mean square + eps)."""
+
+
+def parts(state: Tensor) -> int:
+    """Programs that share a row of such states."""
+    rows, heads, head_dim, _ = state.shape
+    channels = _channels(rows, head_dim)
+    return heads * ((head_dim + channels - 1) // channels)
+
+
+def _channels(rows: int, head_dim: int) -> int:
+    most, _ = _ALONE if rows == 1 else _SEVERAL
+    channels: int = triton.next_power_of_2(head_dim)
+    return min(most, channels)
 
 
 @on_its_device
@@ -112,6 +155,7 @@ def state_step(
     D: Tensor,
     out_dtype: torch.dtype,
     active: Tensor | None = None,
+    gated: Gated | None = None,
 ) -> Tensor:
     """Recurrence and skip of one position; moves `state` on in place.
 
@@ -121,6 +165,7 @@ def state_step(
     state:        (rows, heads, head_dim, d_state), float32
     dt_bias, A_log, D: (heads,)
     active:       bool (rows,), or None for all. The others keep their state to the bit
+    gated:        y silu(gate) norm_weight stands for y
     out:          (rows, d_inner), `out_dtype`; zeros where a row is not active
 
     Computed in float32 and rounded once.
@@ -130,8 +175,15 @@ def state_step(
     """
     _check(conv_out, dt, state, dt_bias, A_log, D, active)
     rows, heads, head_dim, d_state = state.shape
+    if gated is not None:
+        check_shape("gate", gated.gate, rows, heads * head_dim)
+        check_contiguous("norm_weight", gated.norm_weight, heads * head_dim)
+        check_contiguous("mean_square", gated.mean_square, rows, parts(state))
+        check_dtype("mean_square", gated.mean_square, torch.float32)
+    gate, norm_weight, mean_square = gated or (conv_out, D, conv_out)
+    channels, (_, warps) = _channels(rows, head_dim), _ALONE if rows == 1 else _SEVERAL
     y = conv_out.new_empty(rows, heads * head_dim, dtype=out_dtype)
-    state_step_kernel[(rows, heads, triton.cdiv(head_dim, _HEAD_BLOCK))](
+    state_step_kernel[(rows, heads, triton.cdiv(head_dim, channels))](
         conv_out_ptr=conv_out,
         dt_ptr=dt,
         state_ptr=state,
@@ -139,16 +191,21 @@ def state_step(
         A_log_ptr=A_log,
         D_ptr=D,
         active_ptr=dt if active is None else active,
+        gate_ptr=gate,
+        norm_ptr=norm_weight,
+        mean_square_ptr=mean_square,
         y_ptr=y,
         channels=conv_out.shape[1],
         dt_stride=dt.stride(0),
+        gate_stride=gate.stride(0),
         heads=heads,
         head_dim=head_dim,
         d_state=d_state,
         HAS_ACTIVE=active is not None,
-        BLOCK_P=_HEAD_BLOCK,
+        GATED=gated is not None,
+        BLOCK_P=channels,
         BLOCK_N=max(32, triton.next_power_of_2(d_state)),
-        num_warps=_WARPS,
+        num_warps=warps,
         **launch_options(conv_out),
     )
     return y
