@@ -24,6 +24,9 @@ from h_net_dynamic_chunking.ops.backend import uses_triton
 
 # Steps of a level, at most, for one of the next.
 _LONGEST_PERIOD = 8
+# Of the outermost stage, as a share of the length of a chunk. Longer ones make more bytes while all
+# rows go, but those that open more chunks fall behind, and end alone.
+_OF_A_CHUNK = 0.8
 
 
 class WaitingStep:
@@ -153,12 +156,13 @@ def depths(periods: Sequence[int]) -> Iterator[int]:
 def usual_periods(cache: HNetCache) -> list[int]:
     """As many steps as a chunk had positions on average so far, for each stage; reads the cache.
 
-    After so many, about two of three rows have opened a chunk.
+    After so many, about two of three rows have opened a chunk. Of the outermost stage, a few less.
     """
     periods: list[int] = []
     level: Any = cache
     while isinstance(level, HNetCache):
         chunks, positions = int(level.chunker.chunks.sum()), int(level.positions.seen.sum())
-        periods.append(max(1, min(round(positions / max(chunks, 1)), _LONGEST_PERIOD)))
+        steps = positions / max(chunks, 1) * (1 if periods else _OF_A_CHUNK)
+        periods.append(max(1, min(round(steps), _LONGEST_PERIOD)))
         level = level.network
     return periods

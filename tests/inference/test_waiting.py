@@ -111,12 +111,13 @@ def test_depths() -> None:
 
 
 def test_usual_periods_are_lengths_of_chunks() -> None:
+    """Of the outermost stage, four fifths."""
     model, ids = random_model("three_stages"), random_ids(2, 12)
     cache = model.allocate_inference_cache(2, 12)
     assert usual_periods(cache.backbone) == [1, 1, 1]  # nothing is known
     every = [(torch.arange(12) % 4 == 0).expand(2, -1), torch.tensor([[True, False, False]] * 2)]
     model(ids, boundary_masks=every, inference_params=cache)
-    assert usual_periods(cache.backbone)[:2] == [4, 3]
+    assert usual_periods(cache.backbone)[:2] == [3, 3]
 
 
 def test_what_cannot_wait_is_refused() -> None:
