@@ -1,7 +1,8 @@
 """Compiles every kernel, as its launcher would launch it, for an H100; needs no GPU.
 
 The interpreter runs a kernel as Python, where a name may change its type and nothing is checked
-before it runs. The launchers are called on CPU tensors with `launch` replaced.
+before it runs. The launchers are called on CPU tensors with `launch` replaced, and, for the kernels
+of a step, what `kernel[programs]` calls.
 
     python -m tests.ops.compile_kernels
 """
@@ -16,24 +17,34 @@ from triton.compiler import ASTSource
 
 from h_net_dynamic_chunking.ops import segment
 from h_net_dynamic_chunking.ops._triton import (
+    attention_step,
     boundary,
     causal_conv,
+    choose_step,
+    conv_step,
     cross_entropy,
     dechunk_backward,
     dechunk_forward,
+    dechunk_step,
     gated_norm,
     gather,
+    keep_step,
+    linear_step,
     partial_sums,
     places,
+    product_step,
     ratio,
     rms_norm,
     rotary,
+    route_step,
+    rows_step,
     segmentation,
     sequence_ids,
     ssd_backward,
     ssd_chunks,
     ssd_forward,
     ssd_states,
+    state_step,
     swiglu,
     tail,
     time_step,
@@ -63,6 +74,19 @@ MODULES = (
     time_step,
 )
 
+_STEPS = (
+    attention_step,
+    choose_step,
+    conv_step,
+    dechunk_step,
+    keep_step,
+    linear_step,
+    product_step,
+    route_step,
+    rows_step,
+    state_step,
+)
+
 _TYPES = {
     torch.bool: "*i1",
     torch.int16: "*i16",
@@ -80,24 +104,41 @@ def main() -> None:
         kernel: Any, programs: Any, arguments: dict[str, Any], constants: Any, num_warps: int
     ) -> None:
         assert [*arguments, *constants] == kernel.arg_names
+        compile_one(kernel, arguments, constants, {"num_warps": num_warps})
+
+    def run(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
+        values = {name: given.pop(name) for name in kernel.arg_names}
+        constants = {p.name: values.pop(p.name) for p in kernel.params if p.is_constexpr}
+        compile_one(kernel, values, constants, given)
+
+    def compile_one(
+        kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], options: dict[str, Any]
+    ) -> None:
         signature = {name: _type(value) for name, value in arguments.items()}
         signature |= dict.fromkeys(constants, "constexpr")
+        signature = {name: signature[name] for name in kernel.arg_names}
         target = GPUTarget("cuda", 90, 32)
         # As launches find them, which Triton compiles differently.
         aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, value in enumerate(arguments.values())
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, value in arguments.items()
             if isinstance(value, Tensor)
         }
         source = ASTSource(kernel, signature, constants, aligned)
-        triton.compile(
-            source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": True}
-        )
+        triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
         compiled.append(kernel.__name__)
 
     for module in MODULES:
         module.launch = launch
     call_launchers()
+    triton.runtime.JITFunction.run = run
+    for module in _STEPS:
+        module.launch_options = lambda *_: {
+            "INTERPRETED": False,
+            "OVERLAP": True,
+            "launch_pdl": True,
+        }
+    call_step_launchers()
     print(len(set(compiled)), "kernels")
 
 
@@ -216,6 +257,82 @@ def call_mamba2_parts() -> None:
     tail.zero_tail(out, cu_seqlens)
     dt = time_step.time_step_fwd(raw, bias[:heads], cu_seqlens)
     time_step.time_step_bwd(dt, raw, bias[:heads], cu_seqlens, raw)
+
+
+def call_step_launchers() -> None:
+    """Once each, in bfloat16, on several rows where there may be, a third of which rests."""
+    rows, dim, heads, head_dim, d_state = 5, 64, 2, 24, 40
+
+    def bf16(*shape: int) -> Tensor:
+        return torch.randn(*shape).bfloat16()
+
+    flags, wide = torch.arange(rows) % 3 > 0, torch.randn(rows, dim)
+    channels = heads * head_dim + 2 * d_state
+    convolution = conv_step.Convolution(
+        bf16(rows, channels, 3), bf16(channels, 4), bf16(channels), torch.empty(rows, channels), 8
+    )
+    alone = convolution._replace(window=bf16(1, channels, 3), out=torch.empty(1, channels))
+    conv_step.conv_step(bf16(rows, channels + 8), convolution, flags)
+    weight, norm = bf16(channels + 8, dim), bf16(dim)
+    one = wide[:1]
+    linear_step.linear_step(
+        one, weight, norm_weight=norm, convolution=alone, active=flags[:1], gate=one
+    )
+    linear_step.linear_step(one, bf16(2 * dim, dim), swiglu=True, residual=one)
+    x = bf16(rows, dim)
+    product_step.product_step(x, weight, split=True, active=flags)
+    product_step.product_step(x, weight, swiglu=True, active=flags)
+    product_step.product_step(x, torch.randn(dim, dim), bias=bf16(dim), out_dtype=torch.float32)
+    state = torch.randn(rows, heads, head_dim, d_state)
+    squares = torch.empty(rows, state_step.parts(state))
+    gated = state_step.Gated(
+        bf16(rows, heads * head_dim), bf16(heads * head_dim), mean_square=squares
+    )
+    per_head = {name: bf16(heads) for name in ("dt_bias", "A_log", "D")}
+    state_step.state_step(
+        convolution.out,
+        bf16(rows, heads),
+        state,
+        **per_head,
+        out_dtype=torch.bfloat16,
+        active=flags,
+        gated=gated,
+    )
+    parts = torch.randn(3, rows, dim)
+    rows_step.norm_rows(wide, norm, add=parts, mean_square=squares, active=flags)
+    rows_step.norm_rows(x, norm, keep=wide)
+    rows_step.swiglu_rows(x)
+    position = torch.arange(rows)
+    for batch, window in ((rows, -1), (1, 3000)):
+        caches = [bf16(batch, 4000, heads, head_dim) for _ in range(2)]
+        attention_step.attention_step(
+            bf16(batch, 3 * heads * head_dim),
+            *caches,
+            position[:batch],
+            rotary_dim=8,
+            ring=window > 0,
+            window_size=window,
+            active=flags[:batch],
+        )
+    probs, opens, chunks = torch.rand(rows), ~flags, torch.ones(rows, dtype=torch.int64)
+    route_step.route_step(bf16(rows, 2 * dim), x, chunks, 0.5, flags, opens)
+    dechunk_step.dechunk_step(x, wide, probs, opens, wide, torch.bfloat16)
+    keep_step.keep_step(x, probs, opens, flags, x, probs, flags)
+    choose_step.choose_step(
+        bf16(rows, 256),
+        torch.rand(rows, 9),
+        torch.ones(rows, 1),
+        flags,
+        chunks,
+        flags.clone(),
+        flags.clone(),
+        torch.zeros(rows, 1, dtype=torch.int64),
+        torch.zeros(rows, 9, dtype=torch.int16),
+        torch.zeros(rows, 9),
+        eos=255,
+        reads_last=False,
+        no_distribution=-2,
+    )
 
 
 if __name__ == "__main__":

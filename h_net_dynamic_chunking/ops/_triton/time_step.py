@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
-from h_net_dynamic_chunking.ops._triton.mamba_step import softplus
+from h_net_dynamic_chunking.ops._triton.state_step import softplus
 
 # Numbers of a program.
 _BLOCK = 4096
