@@ -6,14 +6,20 @@
 Bytes are drawn at temperature 1 by what `generate` is made of. A step must read the weights of
 every stage that runs, once, read and write the states of Mamba-2, and read keys and values of the
 positions so far. These bytes over the bandwidth of a device-to-device copy, measured in the same
-run, are the floor. Random weights open few chunks or many, as it happens; so the threshold of each
-router is set where it opens one in so many positions, and the share that came out is shown.
+run, are the floor. Where rows wait for each other, weights count as often as the stages did run, so
+that the floor is that of the plan. It and the time are of one byte of every row, and the time is
+that of the whole run, until the last row has all of its bytes. Random weights open few chunks or
+many, as it happens; so the threshold of each router is set where it opens one in so many positions,
+and the share that came out is shown.
 """
 
 import argparse
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,15 +83,16 @@ def open_every(model: HNetLM, every: int) -> None:
         stage.chunker.boundary_threshold = float(probs.quantile(1 - 1 / every))
 
 
-def step_bytes(model: HNetLM, cache: HNetCache, shares: list[float], batch: int) -> float:
-    """Bytes that a step must move: weights of each level as often as it runs, states of its rows.
+def step_bytes(model: HNetLM, cache: HNetCache, shares: list[float], runs: list[float]) -> float:
+    """Bytes to move for one byte of every row: weights of each level, and states of its rows.
 
     shares: for each level, the share of the bytes of a row at which it runs.
+    runs: for each level, how often its weights are read.
     """
-    total = float(nbytes([model.lm_head.weight]))
+    total = runs[0] * nbytes([model.lm_head.weight])
     level_cache = cache
     stages = list(stages_of(model))
-    for level, (stacks, share) in enumerate(zip(model.stacks, shares, strict=True)):
+    for level, stacks in enumerate(model.stacks):
         weights = sum(nbytes(list(stack.parameters())) for stack in stacks)
         if level < len(stages):
             weights += nbytes(list(stages[level].chunker.parameters()))
@@ -93,8 +100,7 @@ def step_bytes(model: HNetLM, cache: HNetCache, shares: list[float], batch: int)
             level_cache = level_cache.network
         else:
             caches = level_cache
-        in_some_row = 1 - (1 - share) ** batch
-        total += weights * in_some_row + share * sum(map(state_bytes, caches))
+        total += weights * runs[level] + shares[level] * sum(map(state_bytes, caches))
     return total
 
 
@@ -106,14 +112,30 @@ def state_bytes(cache: MambaCache | AttentionCache) -> float:
     return slot * float(cache.position.clamp(max=cache.slots).sum())
 
 
+@contextmanager
+def counted_depths(model: HNetLM) -> Iterator[Counter[int]]:
+    """How many steps of each depth are made, if rows wait."""
+    count: Counter[int] = Counter()
+    waiting_step = model.waiting_step
+
+    def counting(*arguments: Any) -> Callable[[int], None]:
+        run = waiting_step(*arguments)
+
+        def step(depth: int) -> None:
+            count[depth] += 1
+            run(depth)
+
+        return step
+
+    model.waiting_step = counting  # type: ignore[method-assign]
+    try:
+        yield count
+    finally:
+        del model.waiting_step
+
+
 def decode(
-    model: HNetLM,
-    batch: int,
-    new: int,
-    bandwidth: float,
-    repeats: int,
-    plan: str = "auto",
-    periods: list[int] | None = None,
+    model: HNetLM, batch: int, new: int, bandwidth: float, repeats: int, plan: str
 ) -> list[str]:
     """One row of the table for a GPU: the median over some runs."""
     generator = torch.Generator().manual_seed(0)
@@ -132,35 +154,43 @@ def decode(
             bos=False,
             eos=False,
             plan=plan,
-            periods=periods,
         )
 
     first_byte = timed(lambda: list(start(1).blocks()), "cuda", 3)
     seconds = []
-    for _ in range(repeats):
-        decoding = start(new)
-        blocks = decoding.blocks()
-        first = sum(map(len, next(blocks).contents)) / batch
-        begin = time.perf_counter()
-        for _ in blocks:
-            pass
-        seconds.append((time.perf_counter() - begin) / (new - first))
+    torch.cuda.reset_peak_memory_stats()
+    with counted_depths(model) as count:
+        for _ in range(repeats):
+            decoding = start(new)
+            blocks = decoding.blocks()
+            first = sum(map(len, next(blocks).contents)) / batch
+            begin = time.perf_counter()
+            for _ in blocks:
+                pass
+            seconds.append((time.perf_counter() - begin) / (new - first))
     step = sorted(seconds)[repeats // 2]
+    peak = torch.cuda.max_memory_allocated() / 1e9
 
     cache = decoding._cache.backbone
     shares, level = [1.0], cache
     while isinstance(level, HNetCache):
         shares.append(float(level.chunker.chunks.sum()) / batch / (PROMPT + new))
         level = level.network
-    floor = step_bytes(model, cache, shares, batch) / bandwidth
+    runs = [1 - (1 - share) ** batch for share in shares]
+    if count:
+        steps = [sum(count[d] for d in count if d >= level) for level in range(len(shares))]
+        runs = [number / repeats / new for number in steps]
+    floor = step_bytes(model, cache, shares, runs) / bandwidth
     return [
         str(batch),
+        "waiting" if count else "lock-step",
         " / ".join(f"{share:.2f}" for share in shares[1:]),
         f"{batch / step:,.0f}",
         f"{step * 1e6:.0f}",
         f"{floor * 1e6:.0f}",
         f"{floor / step:.0%}",
         f"{first_byte * 1e3:.1f}",
+        f"{peak:.1f}",
     ]
 
 
@@ -208,7 +238,9 @@ def table(header: list[str], rows: list[list[str]]) -> None:
 
 
 @torch.no_grad()
-def on_a_gpu(models: list[str], batches: list[int], new: int, repeats: int) -> None:
+def on_a_gpu(
+    models: list[str], batches: list[int], new: int, repeats: int, plans: list[str]
+) -> None:
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s; official code, batch 1: {OFFICIAL} bytes/s")
     for name in models:
@@ -218,9 +250,13 @@ def on_a_gpu(models: list[str], batches: list[int], new: int, repeats: int) -> N
         every = EVERY[model.config.stages]
         open_every(model, every)
         print(f"\n{name}, bf16, {PROMPT} bytes of prompt, {new} new, 1 of {every} opens a chunk")
-        header = ["batch", "share", "bytes/s", "us a step", "floor, us", "of floor"]
-        rows = [decode(model, batch, new, bandwidth, repeats) for batch in batches]
-        table([*header, "first byte, ms"], rows)
+        header = ["batch", "plan", "share", "bytes/s", "us a byte", "floor, us", "of floor"]
+        rows = [
+            decode(model, batch, new, bandwidth, repeats, plan)
+            for batch in batches
+            for plan in plans
+        ]
+        table([*header, "first byte, ms", "peak, GB"], rows)
         reading, training = prefill(model, 8192)
         print(
             f"prefill of 8192: {reading:,.0f} bytes/s; forward of training: {training:,.0f}; "
@@ -257,12 +293,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["hnet_1stage_L", "hnet_2stage_L"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--new", type=int, default=512, help="bytes to decode")
+    parser.add_argument("--plans", nargs="+", default=["auto"], help="of generate, on a GPU")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     options = parser.parse_args()
     if options.device == "cuda":
         print(torch.cuda.get_device_name(), "torch", torch.__version__, "ours", __version__)
-        on_a_gpu(options.models, options.batches, options.new, options.repeats)
+        on_a_gpu(options.models, options.batches, options.new, options.repeats, options.plans)
     else:
         torch.set_num_threads(options.threads)
         print(platform.processor() or platform.machine(), "torch", torch.__version__)
