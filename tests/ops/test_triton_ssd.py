@@ -1,6 +1,6 @@
 """The kernels of the recurrence against the torch operations.
 
-float32 is divided into chunks of 32 and segments of 128 positions, float16 into longer chunks.
+float32 is divided into chunks of 32 positions, float16 into longer ones.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops import ssd, ssd_continued, use_backend
-from h_net_dynamic_chunking.ops._triton import ssd_backward
+from h_net_dynamic_chunking.ops._triton import ssd_backward, ssd_forward, ssd_states
 from tests.ops.ssd_cases import NAMES, ssd_inputs, with_tail
 from tests.ops.triton_cases import DEVICE, LOW_PRECISION
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
@@ -61,21 +61,43 @@ def test_packed(lens: list[int]) -> None:
     assert_kernels_agree(ssd_inputs(sum(lens), **SIZES), cumulative(lens, DEVICE))
 
 
-def test_states_through_chunks_and_segments() -> None:
-    """Sequences that start and end in chunks and at their edges, one over three segments."""
+def test_states_through_chunks_and_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that start and end in chunks and at their edges, one over three segments, which are
+    of four chunks in float32."""
+    monkeypatch.setattr(ssd_states, "PROGRAMS", 9)
     lens = [20, 240, 28, 4]
     assert_kernels_agree(
         ssd_inputs(sum(lens), **SIZES), cumulative(lens, DEVICE), low_precision=True
     )
 
 
-def test_padded() -> None:
+def test_rounding_of_decays() -> None:
+    """The gradient of A is small beside that of a decay, and may not take on errors of its size."""
+    x, dt, _, B, C, D = ssd_inputs(128, heads=3, **SIZES)
+    A = torch.tensor([-1.0, -4.0, -16.0], dtype=torch.float64, device=DEVICE)
+    for dtype in LOW_PRECISION:
+        inputs = tuple(t.to(dtype).double() for t in (x, dt, A, B, C, D))
+        got, plain, exact = (
+            run(backend, inputs, cumulative([128], DEVICE), of)[1 + NAMES.index("A")]
+            for backend, of in (("triton", dtype), ("torch", dtype), ("torch", torch.float64))
+        )
+        assert_within_low_precision_budget(got, plain, exact)
+
+
+# Segments of heads, at most: of one chunk each, or whole rows.
+SEGMENTS = pytest.mark.parametrize("segments", [ssd_states.PROGRAMS, 1])
+
+
+@SEGMENTS
+def test_padded(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssd_states, "PROGRAMS", segments)
     assert_kernels_agree(ssd_inputs(2, 33, heads=2, **SIZES))
 
 
 def test_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three heads in two groups, whose shares of the gradients of B and C are added."""
-    monkeypatch.setattr(ssd_backward, "PROGRAMS", 4)
+    for module in (ssd_forward, ssd_backward):
+        monkeypatch.setattr(module, "PROGRAMS", 4)
     assert_kernels_agree(ssd_inputs(40, heads=3, **SIZES), cumulative([7, 33], DEVICE))
 
 
@@ -87,7 +109,9 @@ def test_tail_of_nan() -> None:
         assert len(got) < 50 or not got[33:].any()
 
 
-def test_pieces_equal_the_whole() -> None:
+@SEGMENTS
+def test_pieces_equal_the_whole(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssd_states, "PROGRAMS", segments)
     x, dt, A, B, C, D = (t.detach().float() for t in ssd_inputs(2, 45, heads=2, **SIZES))
     with use_backend("torch"):
         whole = ssd(x, dt, A, B, C, D)

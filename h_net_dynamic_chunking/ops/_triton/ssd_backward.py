@@ -23,22 +23,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton import ssd_forward
 from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
 from h_net_dynamic_chunking.ops._triton.ssd_chunks import (
     Chunks,
     divide,
-    fitting,
     live_positions,
     precision,
 )
 from h_net_dynamic_chunking.ops._triton.ssd_states import chunk_states, segment_states
 
-# To be measured. Positions of a chunk, and how many programs should have a part of the heads.
-CHUNK, PROGRAMS = 128, 256
-PAIRS_BLOCK, PAIRS_WARPS, PAIRS_STAGES = 32, 4, 2
-HALVES_WARPS, HALVES_STAGES = 4, 2
-KEYS_WARPS, KEYS_STAGES = 4, 2
+# How many programs should have a part of the heads: with more, sums over heads go through memory.
+PROGRAMS = 256
+# Loops of all three kernels have 1 stage, which leaves the most room for programs. ms for 65536
+# positions, 32 heads of 64, d_state 128, bfloat16, on an H200, with 1 / 2 / 3 stages:
+#     pairs 0.65 / 0.72 / 0.91,  halves 0.14 / 0.16 / 0.14,  keys 0.67 / 0.79 / 0.85
+# 8 warps take 1.2 for the keys.
+WARPS = 4
 
 
 @triton.jit
@@ -49,11 +49,14 @@ def _products(b_B, b_C, o_j, o_i, b_start, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _pairs(b_BC, b_x, b_g, b_dt, b_a, b_a_end, b_grad_x, b_grad_BC, PRECISION: tl.constexpr):
+def _pairs(b_BC, b_x, b_g, b_dt, b_a, b_grad_x, b_grad_BC, PRECISION: tl.constexpr):
     """Adds to the gradients of x_j and of B_j . C_i; and the sums of the gradients of the pairs'
-    decays over i, without dt_j, and over j, with it."""
+    decays over i, without dt_j, and over j, with it.
+
+    The latter two cancel but for pairs that stand across a position: they are sums of equal terms.
+    """
     # Where no pair is, the decay is held at 1 for infinity, and the product of 0 makes it nothing.
-    b_E = tl.exp2(tl.minimum(b_a_end[None, :] - b_a[:, None], 0.0))
+    b_E = tl.exp2(tl.minimum(b_a[None, :] - b_a[:, None], 0.0))
     b_gx = tl.dot(b_x, tl.trans(b_g), input_precision=PRECISION) * b_E
     b_E *= b_dt[:, None]
     b_grad_x = tl.dot((b_BC * b_E).to(b_g.dtype), b_g, b_grad_x, input_precision=PRECISION)
@@ -79,6 +82,7 @@ def ssd_pairs_kernel(
     grad_products,
     begin,
     end,
+    cross,
     skip,
     length,
     chunks,
@@ -92,102 +96,74 @@ def ssd_pairs_kernel(
     SGX: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
-    WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Pairs that begin in one half of the chunk: the gradient of x; of the products, summed over
     each group of heads; of the decays of the pairs, as `_pairs` has them, in (rows * chunks, H, L),
-    apart for those that end in the later half; and dy . x of each position."""
+    apart for those that end in the other half; and dy . x of each position."""
     i_rc, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
     live = live_positions(cu, batch, length, PACKED)
     HALF: tl.constexpr = L // 2
     dtype = x.dtype.element_ty
-    o_p, o_n, o_i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, WIDTH)
-    o_l = tl.arange(0, HALF)
+    o_l, o_p, o_n = tl.arange(0, HALF), tl.arange(0, P), tl.arange(0, N)
     if not EARLY:
         o_l += HALF
-        o_i += HALF
-    o_t, o_t_i = i_c * L + o_l, i_c * L + o_i
-    m_t, m_i, m_next = (
-        (o_t < live)[:, None],
-        (o_t_i < live)[:, None],
-        (o_t_i + WIDTH < live)[:, None],
-    )
+    o_t = i_c * L + o_l
+    m_t = (o_t < live)[:, None]
     row = i_row * length + i_c * L
     grad, x, grad_x = grad + row * SG, x + row * SX, grad_x + row * SGX
     B, C = B + row * SB, C + row * SC
-    p_start = start + i_rc * L
-    b_leaves = o_t >= tl.load(p_start + L - 1)
+    p_start = start + i_rc * L + o_l
+    b_leaves = o_t >= tl.load(start + i_rc * L + L - 1)
     b_B = tl.load(B + o_l[:, None] * SB + o_n[None, :], mask=m_t, other=0)
-    p_C = C + o_i[:, None] * SC + o_n[None, :]
-    b_C = tl.load(p_C, mask=m_i, other=0)
-    b_BC = _products(b_B, b_C, o_t, o_t_i, tl.load(p_start + o_i), PRECISION)
-    b_grad_BC = tl.zeros([HALF, WIDTH], tl.float32)
-    if WIDTH < HALF:
-        b_C = tl.load(p_C + WIDTH * SC, mask=m_next, other=0)
-        b_BC_next = _products(
-            b_B, b_C, o_t, o_t_i + WIDTH, tl.load(p_start + WIDTH + o_i), PRECISION
-        )
-        b_grad_next = tl.zeros([HALF, WIDTH], tl.float32)
+    b_C = tl.load(C + o_l[:, None] * SC + o_n[None, :], mask=m_t, other=0)
+    b_BC = _products(b_B, b_C, o_t, o_t, tl.load(p_start), PRECISION)
+    b_grad_BC = tl.zeros([HALF, HALF], tl.float32)
     if EARLY:
         m_late = (o_t + HALF < live)[:, None]
         b_C = tl.load(C + (o_l + HALF)[:, None] * SC + o_n[None, :], mask=m_late, other=0)
-        b_start = tl.load(p_start + HALF + o_l)
+        b_start = tl.load(p_start + HALF)
         b_BC_late = _products(b_B, b_C, o_t, o_t + HALF, b_start, PRECISION).to(dtype)
     first = i_g * per_group
-    for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=STAGES):
-        p_vector = (i_rc * H + i_h) * L
+    for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=1):
+        p_vector = (i_rc * H + i_h) * L + o_l
         p_x, p_g = x + i_h * P + o_p[None, :], grad + i_h * P + o_p[None, :]
         b_x = tl.load(p_x + o_l[:, None] * SX, mask=m_t, other=0)
         b_g = tl.load(p_g + o_l[:, None] * SG, mask=m_t, other=0)
         p_G = grad_states + (i_rc * H + i_h) * (N * P) + o_n[:, None] * P + o_p[None, :]
         b_G = tl.load(p_G)
-        b_dt, b_a = tl.load(dt + p_vector + o_l), tl.load(decay + p_vector + o_l)
-        b_leave = tl.where(b_leaves, tl.exp2(tl.load(decay + p_vector + L - 1) - b_a), 0.0)
+        b_dt, b_a = tl.load(dt + p_vector), tl.load(decay + p_vector)
+        a_last = tl.load(decay + (i_rc * H + i_h) * L + L - 1)
+        b_leave = tl.where(b_leaves, tl.exp2(a_last - b_a), 0.0)
 
         b_grad_x = tl.dot(b_B, b_G, input_precision=PRECISION) * (b_leave * b_dt)[:, None]
         b_wide = b_g.to(tl.float32)
-        tl.store(skip + p_vector + o_l, tl.sum(b_x.to(tl.float32) * b_wide, axis=1))
+        tl.store(skip + p_vector, tl.sum(b_x.to(tl.float32) * b_wide, axis=1))
         b_grad_x += tl.load(D + i_h).to(tl.float32) * b_wide
-        b_begin = tl.zeros([HALF], tl.float32)
         if EARLY:
             # The decay from half to half is the product of those to and from the edge between.
-            a_edge = tl.load(decay + p_vector + HALF - 1)
-            b_after = tl.exp2(tl.load(decay + p_vector + HALF + o_l) - a_edge)
+            a_edge = tl.load(decay + (i_rc * H + i_h) * L + HALF - 1)
+            b_after = tl.exp2(tl.load(decay + p_vector + HALF) - a_edge)
             b_late = tl.load(p_g + (o_l + HALF)[:, None] * SG, mask=m_late, other=0)
             b_late = (b_late.to(tl.float32) * b_after[:, None]).to(dtype)
             b_read = tl.dot(b_BC_late, b_late, input_precision=PRECISION)
             b_before = tl.exp2(a_edge - b_a)
-            b_begin = tl.sum(b_read * b_x.to(tl.float32), axis=1) * b_before
+            tl.store(cross + p_vector, tl.sum(b_read * b_x.to(tl.float32), axis=1) * b_before)
             b_grad_x += b_read * (b_before * b_dt)[:, None]
-        p_g += o_i[:, None] * SG
-        b_g, b_a_i = tl.load(p_g, mask=m_i, other=0), tl.load(decay + p_vector + o_i)
-        b_grad_x, b_grad_BC, b_begin_i, b_end = _pairs(
-            b_BC, b_x, b_g, b_dt, b_a, b_a_i, b_grad_x, b_grad_BC, PRECISION
+        b_grad_x, b_grad_BC, b_begin, b_end = _pairs(
+            b_BC, b_x, b_g, b_dt, b_a, b_grad_x, b_grad_BC, PRECISION
         )
-        b_begin += b_begin_i
-        tl.store(end + p_vector + o_i, b_end)
-        if WIDTH < HALF:
-            b_g = tl.load(p_g + WIDTH * SG, mask=m_next, other=0)
-            b_a_i = tl.load(decay + p_vector + WIDTH + o_i)
-            b_grad_x, b_grad_next, b_begin_i, b_end = _pairs(
-                b_BC_next, b_x, b_g, b_dt, b_a, b_a_i, b_grad_x, b_grad_next, PRECISION
-            )
-            b_begin += b_begin_i
-            tl.store(end + p_vector + WIDTH + o_i, b_end)
-        tl.store(begin + p_vector + o_l, b_begin)
+        tl.store(begin + p_vector, b_begin)
+        tl.store(end + p_vector, b_end)
         p_grad_x = grad_x + i_h * P + o_l[:, None] * SGX + o_p[None, :]
         tl.store(p_grad_x, b_grad_x.to(grad_x.dtype.element_ty), mask=(o_t < length)[:, None])
-    p_out = grad_products + (i_g.to(tl.int64) * blocks + i_rc) * (L * L) + o_l[:, None] * L
-    tl.store(p_out + o_i[None, :], b_grad_BC)
-    if WIDTH < HALF:
-        tl.store(p_out + WIDTH + o_i[None, :], b_grad_next)
+    p_out = grad_products + (i_g.to(tl.int64) * blocks + i_rc) * (L * L)
+    tl.store(p_out + o_l[:, None] * L + o_l[None, :], b_grad_BC)
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "blocks", "per_group", "batch"])
@@ -201,7 +177,7 @@ def ssd_halves_kernel(
     start,
     cu,
     grad_products,
-    end_later,
+    cross,
     length,
     chunks,
     blocks,
@@ -214,13 +190,13 @@ def ssd_halves_kernel(
     P: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Pairs from the early half to the later one: the gradient of the products, and of the decays
-    by where they end."""
+    by where they end in (rows * chunks, H, L). Rounded otherwise than where they begin, which
+    `ssd_pairs_kernel` has, so that the two do not cancel."""
     i_rc, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
     live = live_positions(cu, batch, length, PACKED)
@@ -239,7 +215,7 @@ def ssd_halves_kernel(
     b_CB = tl.where(o_t[None, :] >= b_start[:, None], b_CB, 0.0).to(dtype)
     b_grad_CB = tl.zeros([HALF, HALF], tl.float32)
     first = i_g * per_group
-    for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=STAGES):
+    for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=1):
         p_vector = (i_rc * H + i_h) * L + o_l
         b_x = tl.load(x + i_h * P + o_l[:, None] * SX + o_p[None, :], mask=m_t, other=0)
         b_g = tl.load(grad + i_h * P + o_l[:, None] * SG + o_p[None, :], mask=m_late, other=0)
@@ -249,7 +225,7 @@ def ssd_halves_kernel(
         b_u = (b_x.to(tl.float32) * b_before[:, None]).to(dtype)
         b_wide = b_g.to(tl.float32) * b_after[:, None]
         b_read = tl.dot(b_CB, b_u, input_precision=PRECISION)
-        tl.store(end_later + p_vector + HALF, tl.sum(b_read * b_wide, axis=1))
+        tl.store(cross + p_vector + HALF, tl.sum(b_read * b_wide, axis=1))
         b_grad_CB = tl.dot(b_wide.to(dtype), tl.trans(b_u), b_grad_CB, input_precision=PRECISION)
     p_out = grad_products + (i_g.to(tl.int64) * blocks + i_rc) * (L * L)
     tl.store(p_out + o_l[None, :] * L + HALF + o_l[:, None], b_grad_CB)
@@ -287,7 +263,6 @@ def ssd_keys_kernel(
     N: tl.constexpr,
     BACK: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     PACKED: tl.constexpr,
@@ -341,7 +316,7 @@ def ssd_keys_kernel(
     b_k = tl.load(keys + o_l[:, None] * SK + o_n[None, :], mask=m_t, other=0)
     o_part = i_late * (N // 2) + tl.arange(0, N // 2)
     first = i_g * per_group
-    for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=STAGES):
+    for i_h in tl.range(first, tl.minimum(first + per_group, H), num_stages=1):
         i_rch = i_rc * H + i_h
         p_v = values + i_h * P + o_l[:, None] * SV + o_p[None, :]
         b_v = tl.load(p_v, mask=m_t, other=0)
@@ -379,8 +354,8 @@ def ssd_decay_kernel(
     start,
     begin,
     end,
+    cross,
     skip,
-    end_later,
     entering,
     leaving,
     across,
@@ -405,21 +380,29 @@ def ssd_decay_kernel(
     m = m_h[None, :] & (o_l >= 0)[:, None]
     b_dt, b_begin = tl.load(dt + o, mask=m, other=0), tl.load(begin + o, mask=m, other=0)
     b_end = tl.load(end + o, mask=m, other=0) + tl.load(entering + o, mask=m, other=0)
-    b_end += tl.load(end_later + o, mask=m & (o_l >= L // 2)[:, None], other=0)
+    # From half to half: by where they begin in the early one, and by where they end in the other.
+    m_late = (o_l >= L // 2)[:, None]
+    b_cross = tl.load(cross + o, mask=m, other=0)
+    b_from, b_to = tl.where(m_late, 0.0, b_cross), tl.where(m_late, b_cross, 0.0)
     b_leaving = tl.load(leaving + o, mask=m, other=0)
     o_state = (i_rc * H + o_h)[None, :] * N + o_n[:, None]
     b_across = tl.load(across + o_state, mask=m_h[None, :] & (o_n >= 0)[:, None], other=0)
     m_across = m_h & (tl.load(start + i_rc * L + L - 1) < i_c * L)
     a_last = tl.load(decay + (i_rc * H + o_h) * L + L - 1, mask=m_h, other=0)
     b_both = tl.where(m_across, tl.exp2(a_last) * tl.sum(b_across, axis=0), 0.0)
-    # What ends at or behind a position but does not begin there, and what leaves from before it.
-    b_left = b_dt * b_leaving
-    b_log = tl.cumsum(b_end - b_dt * b_begin, axis=0, reverse=True)
-    b_log += tl.cumsum(b_left, axis=0) - b_left + b_both[None, :]
+    # What ends at or behind a position but does not begin there, and what leaves from before it,
+    b_out = b_dt * (b_leaving + b_from)
+    b_log = tl.cumsum(b_end + b_to - b_dt * b_begin, axis=0, reverse=True)
+    b_log += tl.cumsum(b_out, axis=0) - b_out + b_both[None, :]
+    # where pairs from half to half count in each half by their end there, else they would twice.
+    b_twice = tl.where(
+        m_late, tl.sum(b_dt * b_from, axis=0)[None, :], tl.sum(b_to, axis=0)[None, :]
+    )
+    b_log -= b_twice
     # Nothing passes the decay of the first position of a sequence.
     b_log = tl.where((b_start < o_t)[:, None], b_log, 0.0)
     b_A = tl.load(A + o_h, mask=m_h, other=0).to(tl.float32)
-    b_grad = b_begin + b_leaving + b_A[None, :] * b_log
+    b_grad = b_begin + b_from + b_leaving + b_A[None, :] * b_log
     p_grad = grad_dt + (i_row * length + o_t)[:, None] * STRIDE + o_h[None, :]
     tl.store(p_grad, b_grad.to(grad_dt.dtype.element_ty), mask=m & (o_t < length)[:, None])
     tl.store(grad_A + i_rc * H + o_h, tl.sum(b_dt * b_log, axis=0), mask=m_h)
@@ -449,29 +432,28 @@ def ssd_bwd(
     Shapes and strides as of `ssd_fwd`, the gradients' too: each of its own stride between
     positions. `entering` is what `ssd_fwd` returned beside y; None computes it again.
     """
-    divided = divide(dt, A, cu, rows, fitting(x.dtype, CHUNK, 1)[0])
-    span = ssd_forward.span_of(divided)
+    divided = divide(dt, A, cu, rows, x.dtype)
     if entering is None:
-        entering = segment_states(x, B, divided, span, back=False)
-    states = chunk_states(x, B, divided, span, entering, back=False)
+        entering = segment_states(x, B, divided, back=False)
+    states = chunk_states(x, B, divided, entering, back=False)
     del entering
-    behind = segment_states(grad, C, divided, span, back=True)
-    grad_states = chunk_states(grad, C, divided, span, behind, back=True)
+    behind = segment_states(grad, C, divided, back=True)
+    grad_states = chunk_states(grad, C, divided, behind, back=True)
     del behind
 
     blocks, heads, L = divided.dt.shape
-    per_group = triton.cdiv(heads, max(1, min(PROGRAMS // blocks, heads)))
+    per_group = triton.cdiv(heads, max(1, min(PROGRAMS // max(blocks, 1), heads)))
     groups = triton.cdiv(heads, per_group)
     vectors = torch.empty(6, blocks, heads, L, dtype=torch.float32, device=x.device)
-    begin, end, end_later, skip, entered, left = vectors
+    begin, end, cross, skip, entered, left = vectors
     across = vectors.new_empty(blocks, heads, B.shape[1])
     grad_products = vectors.new_empty(groups, blocks, L, L)
     shares = {"per_group": per_group, "blocks": blocks, "groups": groups}
-    pairs = {"begin": begin, "end": end, "skip": skip}
+    pairs = {"begin": begin, "end": end, "cross": cross, "skip": skip}
     inputs = {"grad": grad, "x": x, "B": B, "C": C}
     for early in (True, False):
         _pairs_of_half(inputs, D, divided, grad_states, grad_x, grad_products, pairs, shares, early)
-    _halves(inputs, divided, grad_products, end_later, shares)
+    _halves(inputs, divided, grad_products, cross, shares)
     for back in (False, True):
         _keys(
             *(
@@ -488,7 +470,7 @@ def ssd_bwd(
         )
     parts = vectors.new_empty(2, blocks, heads)
     crossing = {"entering": entered, "leaving": left, "across": across}
-    _decays(divided, A, {**pairs, "end_later": end_later, **crossing}, grad_dt, parts, B.shape[1])
+    _decays(divided, A, {**pairs, **crossing}, grad_dt, parts, B.shape[1])
     grad_A, grad_D = parts.sum(1)
     return grad_A, grad_D
 
@@ -527,13 +509,11 @@ def _pairs_of_half(
             "SGX": grad_x.stride(0),
             "P": x.shape[2],
             "N": B.shape[1],
-            "WIDTH": min(PAIRS_BLOCK, divided.size // 2),
             "EARLY": early,
             "PRECISION": precision(x.dtype),
-            "STAGES": fitting(x.dtype, CHUNK, PAIRS_STAGES)[1],
             **divided.constants,
         },
-        num_warps=PAIRS_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -546,7 +526,7 @@ def _halves(
     inputs: dict[str, Tensor],
     divided: Chunks,
     grad_products: Tensor,
-    end_later: Tensor,
+    cross: Tensor,
     shares: dict[str, int],
 ) -> None:
     x, B = inputs["x"], inputs["B"]
@@ -557,7 +537,7 @@ def _halves(
             **inputs,
             **divided.tensors,
             "grad_products": grad_products,
-            "end_later": end_later,
+            "cross": cross,
             "length": divided.length,
             "chunks": divided.chunks,
             "blocks": shares["blocks"],
@@ -569,10 +549,9 @@ def _halves(
             "P": x.shape[2],
             "N": B.shape[1],
             "PRECISION": precision(x.dtype),
-            "STAGES": fitting(x.dtype, CHUNK, HALVES_STAGES)[1],
             **divided.constants,
         },
-        num_warps=HALVES_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -624,10 +603,9 @@ def _keys(
             "N": keys.shape[1],
             "BACK": back,
             "PRECISION": precision(values.dtype),
-            "STAGES": fitting(values.dtype, CHUNK, KEYS_STAGES)[1],
             **divided.constants,
         },
-        num_warps=KEYS_WARPS,
+        num_warps=WARPS,
     )
     if to is not grad_keys:
         grad_keys.copy_(to.sum(0))

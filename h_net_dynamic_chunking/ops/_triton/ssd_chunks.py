@@ -73,12 +73,6 @@ def live_positions(cu, batch, length, PACKED: tl.constexpr):
     return live
 
 
-@triton.jit
-def at_or_before(b_decay):
-    """2^(a_i - a_j), (L, L). Where j > i, which no caller uses, 1 in place of infinity."""
-    return tl.exp2(tl.minimum(b_decay[:, None] - b_decay[None, :], 0.0))
-
-
 @triton.jit(do_not_specialize=["length", "chunks", "batch", "steps"])
 def ssd_chunks_kernel(
     p_dt,
@@ -124,11 +118,20 @@ def ssd_chunks_kernel(
 
 
 def divide(
-    dt: Tensor, A: Tensor, cu: Tensor | None, rows: int, size: int, *, continues: bool = False
+    dt: Tensor,
+    A: Tensor,
+    cu: Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    continues: bool = False,
 ) -> Chunks:
-    """Chunks of `size` positions. dt: (rows * length, heads), contiguous in its last dimension."""
+    """Chunks of a buffer of `dtype`. dt: (rows * length, heads), contiguous in its last dimension.
+
+    continues:  The state at the start of a row need not be zeros.
+    """
     total, heads = dt.shape
-    length = total // rows
+    length, size = total // max(rows, 1), chunk_size(dtype)
     chunks = triton.cdiv(length, size)
     out_dt = torch.empty(rows * chunks, heads, size, dtype=torch.float32, device=dt.device)
     start = torch.empty(rows * chunks, size, dtype=torch.int32, device=dt.device)
@@ -158,9 +161,20 @@ def divide(
     return divided
 
 
-def fitting(dtype: torch.dtype, size: int, stages: int) -> tuple[int, int]:
-    """Positions of a chunk and stages of a loop: of float32 less fits into shared memory."""
-    return (min(size, 32), 1) if dtype == torch.float32 else (size, stages)
+def chunk_size(dtype: torch.dtype) -> int:
+    """L. A long chunk brings few states through memory; and the kernels work by halves of it, whose
+    sums over heads fit into registers."""
+    return 32 if _is_large(dtype) else 128
+
+
+def stages(dtype: torch.dtype, wanted: int) -> int:
+    """Of a loop."""
+    return 1 if _is_large(dtype) else wanted
+
+
+def _is_large(dtype: torch.dtype) -> bool:
+    """Of float32 less fits into shared memory."""
+    return dtype == torch.float32
 
 
 def precision(dtype: torch.dtype) -> str:
