@@ -22,6 +22,7 @@ from h_net_dynamic_chunking.ops.registration import operation
 def zero_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """A copy of x with zeros in the tail; the contract is at the top of this file.
 
+    >>> import torch
     >>> zero_tail(torch.ones(3, 1), torch.tensor([0, 2])).flatten()
     tensor([1., 1., 0.])
     """

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, sigmoid
+from h_net_dynamic_chunking.ops._triton.common import launch, sigmoid, silu
 
 # Rows that can be kept: a convolution of more taps goes to torch.
 MAX_TAPS = 4
@@ -77,29 +77,43 @@ def _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW: tl.constexpr, BACK: tl.con
 
 
 @triton.jit
-def _goes_on(i_before, i_last, B):
-    """Whether all rows up to one of sequence `i_last` go on with the sequence before them."""
+def _before(x, sequence, i_t, o_c, m_c, T, B, X_ROW: tl.constexpr):
+    """The three rows before t, and their sequences, the last first."""
+    past = (
+        _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 1),
+        _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 2),
+        _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 3),
+    )
+    ids = (
+        _sequence(sequence, i_t - 1, T),
+        _sequence(sequence, i_t - 2, T),
+        _sequence(sequence, i_t - 3, T),
+    )
+    return past, ids
+
+
+@triton.jit
+def _go_on(i_before, i_last, B):
+    """Whether all rows up to one of sequence `i_last` go on with the sequence before them.
+
+    Most do, and then cost less: without CHECK in what follows. These kernels are short of
+    instructions.
+    """
     return (i_last == i_before) & (i_before >= 0) & (i_before < B)
 
 
 @triton.jit
-def _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias):
-    return b_bias + taps[0] * b_x0 + taps[1] * b_x1 + taps[2] * b_x2 + taps[3] * b_x3
-
-
-@triton.jit
-def _row(b_row, i_0, i_1, b_x1, b_x2, b_x3, B, CHECK: tl.constexpr):
-    """Row t in float32, and the three before it as far as they are of its sequence.
-
-    Unless CHECK, they are: then it costs less, and these kernels are short of instructions.
-    """
+def _mix(b_row, past, i_0, i_1, taps, b_bias, B, CHECK: tl.constexpr):
+    """The sum before the SiLU at row t; row t, and those before it if they are of its sequence."""
     b_x0 = b_row.to(tl.float32)
+    b_x1, b_x2, b_x3 = past
     if CHECK:
         b_x0 = tl.where((i_0 >= 0) & (i_0 < B), b_x0, 0.0)
         b_x1 = tl.where(i_0 == i_1, b_x1, 0.0)
         b_x2 = tl.where(i_0 == i_1, b_x2, 0.0)
         b_x3 = tl.where(i_0 == i_1, b_x3, 0.0)
-    return b_x0, b_x1, b_x2, b_x3
+    b_sum = b_bias + taps[0] * b_x0 + taps[1] * b_x1 + taps[2] * b_x2 + taps[3] * b_x3
+    return b_sum, (b_x0, b_x1, b_x2, b_x3)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -124,74 +138,58 @@ def conv_fwd_kernel(
     m_c = o_c < C
     taps = _taps(weight, o_c, m_c, K)
     b_bias = tl.load(bias + o_c, mask=m_c, other=0).to(tl.float32)
-    b_x1 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 1)
-    b_x2 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 2)
-    b_x3 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 3)
-    i_1 = _sequence(sequence, i_t - 1, T)
+    past, ids = _before(x, sequence, i_t, o_c, m_c, T, B, X_ROW)
+    i_1 = ids[0]
     o_one = tl.arange(0, 1)
     for _ in range(0, ROWS, AHEAD):
         rows = _rows_ahead(x + i_t * X_ROW + o_c, m_c, T - i_t, X_ROW, AHEAD)
         sequences = _sequences_ahead(sequence, i_t, T, AHEAD)
         p_out = out + i_t * C + o_c
-        if _goes_on(i_1, sequences[AHEAD - 1], B):
+        if _go_on(i_1, sequences[AHEAD - 1], B):
             for u in tl.static_range(AHEAD):
-                b_x0, b_x1, b_x2, b_x3 = _row(rows[u], i_1, i_1, b_x1, b_x2, b_x3, B, False)
-                b_sum = _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias)
-                b_out = b_sum * sigmoid(b_sum)
+                b_sum, window = _mix(rows[u], past, i_1, i_1, taps, b_bias, B, False)
+                b_out = silu(b_sum)
                 tl.store(p_out + u * C, b_out.to(out.dtype.element_ty), mask=m_c)
-                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
+                past = (window[0], window[1], window[2])
         else:
             for u in tl.static_range(AHEAD):
                 i_0 = sequences[u]
-                b_x0, b_x1, b_x2, b_x3 = _row(rows[u], i_0, i_1, b_x1, b_x2, b_x3, B, True)
-                b_sum = _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias)
-                b_out = tl.where(i_0 < B, b_sum * sigmoid(b_sum), 0.0)
+                b_sum, window = _mix(rows[u], past, i_0, i_1, taps, b_bias, B, True)
+                b_out = tl.where(i_0 < B, silu(b_sum), 0.0)
                 m_row = m_c & (i_t + u + o_one < T)
                 tl.store(p_out + u * C, b_out.to(out.dtype.element_ty), mask=m_row)
-                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
+                past = (window[0], window[1], window[2])
                 i_1 = i_0
         i_t += AHEAD
 
 
 @triton.jit
-def _row_backward(
-    b_row,
-    b_grad,
-    i_0,
-    i_1,
-    i_2,
-    i_3,
-    b_x1,
-    b_x2,
-    b_x3,
-    b_d1,
-    b_d2,
-    b_d3,
-    taps,
-    b_bias,
-    B,
-    CHECK: tl.constexpr,
-):
-    """As `_row`; the gradient before the SiLU of row t; those of rows t to t - 3 with it in them.
+def _backward_row(b_row, b_grad, i_0, past, ids, due, sums, taps, b_bias, B, CHECK: tl.constexpr):
+    """One row on: what is known now of row t - 3, and past, ids, due and sums for the next row.
 
-    b_d1, b_d2, b_d3:  what the gradients of the three rows before have got so far
+    past, ids:  the three rows before t, and their sequences, the last first
+    due:        what the gradients of those rows have got so far
+    sums:       the gradients of taps and bias
     """
-    b_x0, b_x1, b_x2, b_x3 = _row(b_row, i_0, i_1, b_x1, b_x2, b_x3, B, CHECK)
-    b_sum = _mix(b_x0, b_x1, b_x2, b_x3, taps, b_bias)
+    b_sum, window = _mix(b_row, past, i_0, ids[0], taps, b_bias, B, CHECK)
     b_sigmoid = sigmoid(b_sum)
     b_grad = b_grad.to(tl.float32) * (b_sigmoid + b_sum * b_sigmoid * (1 - b_sigmoid))
-    b_to_1 = b_grad
-    b_to_2 = b_grad
-    b_to_3 = b_grad
+    b_to_1, b_to_2, b_to_3 = b_grad, b_grad, b_grad
     if CHECK:
         b_grad = tl.where((i_0 >= 0) & (i_0 < B), b_grad, 0.0)
-        b_to_1 = tl.where(i_0 == i_1, b_grad, 0.0)
-        b_to_2 = tl.where(i_0 == i_2, b_grad, 0.0)
-        b_to_3 = tl.where(i_0 == i_3, b_grad, 0.0)
-    b_d1 += taps[1] * b_to_1
-    b_d2 += taps[2] * b_to_2
-    b_d3 += taps[3] * b_to_3
-    return b_x0, b_x1, b_x2, b_x3, b_grad, taps[0] * b_grad, b_d1, b_d2, b_d3
+        b_to_1 = tl.where(i_0 == ids[0], b_grad, 0.0)
+        b_to_2 = tl.where(i_0 == ids[1], b_grad, 0.0)
+        b_to_3 = tl.where(i_0 == ids[2], b_grad, 0.0)
+    b_done = due[2] + taps[3] * b_to_3
+    due = (taps[0] * b_grad, due[0] + taps[1] * b_to_1, due[1] + taps[2] * b_to_2)
+    sums = (
+        sums[0] + b_grad * window[0],
+        sums[1] + b_grad * window[1],
+        sums[2] + b_grad * window[2],
+        sums[3] + b_grad * window[3],
+        sums[4] + b_grad,
+    )
+    return b_done, (window[0], window[1], window[2]), (i_0, ids[0], ids[1]), due, sums
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -219,131 +217,49 @@ def conv_bwd_kernel(
     o_c = (i_p % tl.cdiv(C, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_first = i_block * ROWS
     i_t = i_first
-    m_c = o_c < C
+    m_c, o_one = o_c < C, tl.arange(0, 1)
     dtype = grad_x.dtype.element_ty
     taps = _taps(weight, o_c, m_c, K)
     b_bias = tl.load(bias + o_c, mask=m_c, other=0).to(tl.float32)
-    b_x1 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 1)
-    b_x2 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 2)
-    b_x3 = _earlier(x, sequence, i_t, o_c, m_c, T, B, X_ROW, 3)
-    i_1 = _sequence(sequence, i_t - 1, T)
-    i_2 = _sequence(sequence, i_t - 2, T)
-    i_3 = _sequence(sequence, i_t - 3, T)
-    b_g0 = tl.zeros([BLOCK_C], dtype=tl.float32)  # of the taps
-    b_g1 = tl.zeros([BLOCK_C], dtype=tl.float32)
-    b_g2 = tl.zeros([BLOCK_C], dtype=tl.float32)
-    b_g3 = tl.zeros([BLOCK_C], dtype=tl.float32)
-    b_gb = tl.zeros([BLOCK_C], dtype=tl.float32)
-    b_d1 = tl.zeros([BLOCK_C], dtype=tl.float32)  # what rows t - 1, t - 2, t - 3 have got so far
-    b_d2 = tl.zeros([BLOCK_C], dtype=tl.float32)
-    b_d3 = tl.zeros([BLOCK_C], dtype=tl.float32)
-    o_one = tl.arange(0, 1)
+    past, ids = _before(x, sequence, i_t, o_c, m_c, T, B, X_ROW)
+    b_zero = tl.zeros([BLOCK_C], dtype=tl.float32)
+    due, sums = (b_zero, b_zero, b_zero), (b_zero, b_zero, b_zero, b_zero, b_zero)
     for _ in range(0, ROWS, AHEAD):
         rows = _rows_ahead(x + i_t * X_ROW + o_c, m_c, T - i_t, X_ROW, AHEAD)
         grads = _rows_ahead(grad + i_t * C + o_c, m_c, T - i_t, C, AHEAD)
         sequences = _sequences_ahead(sequence, i_t, T, AHEAD)
-        p_grad_x = grad_x + (i_t - 3) * GRAD_X_ROW + o_c
-        if _goes_on(i_3, sequences[AHEAD - 1], B):
+        p_done = grad_x + (i_t - 3) * GRAD_X_ROW + o_c
+        if _go_on(ids[2], sequences[AHEAD - 1], B):
             for u in tl.static_range(AHEAD):
-                b_x0, b_x1, b_x2, b_x3, b_grad, b_d0, b_d1, b_d2, b_d3 = _row_backward(
-                    rows[u],
-                    grads[u],
-                    i_3,
-                    i_3,
-                    i_3,
-                    i_3,
-                    b_x1,
-                    b_x2,
-                    b_x3,
-                    b_d1,
-                    b_d2,
-                    b_d3,
-                    taps,
-                    b_bias,
-                    B,
-                    False,
+                b_done, past, ids, due, sums = _backward_row(
+                    rows[u], grads[u], ids[0], past, ids, due, sums, taps, b_bias, B, False
                 )
-                m_own = m_c & (i_t + u - 3 + o_one >= i_first)
-                tl.store(p_grad_x + u * GRAD_X_ROW, b_d3.to(dtype), mask=m_own)
-                b_g0 += b_grad * b_x0
-                b_g1 += b_grad * b_x1
-                b_g2 += b_grad * b_x2
-                b_g3 += b_grad * b_x3
-                b_gb += b_grad
-                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
-                b_d1, b_d2, b_d3 = b_d0, b_d1, b_d2
-            i_1 = i_3
-            i_2 = i_3
+                m_done = m_c & (i_t + u - 3 + o_one >= i_first)
+                tl.store(p_done + u * GRAD_X_ROW, b_done.to(dtype), mask=m_done)
         else:
             for u in tl.static_range(AHEAD):
-                b_x0, b_x1, b_x2, b_x3, b_grad, b_d0, b_d1, b_d2, b_d3 = _row_backward(
-                    rows[u],
-                    grads[u],
-                    sequences[u],
-                    i_1,
-                    i_2,
-                    i_3,
-                    b_x1,
-                    b_x2,
-                    b_x3,
-                    b_d1,
-                    b_d2,
-                    b_d3,
-                    taps,
-                    b_bias,
-                    B,
-                    True,
+                b_done, past, ids, due, sums = _backward_row(
+                    rows[u], grads[u], sequences[u], past, ids, due, sums, taps, b_bias, B, True
                 )
-                i_out = i_t + u - 3 + o_one
-                m_own = m_c & (i_out >= i_first) & (i_out < T)
-                tl.store(p_grad_x + u * GRAD_X_ROW, b_d3.to(dtype), mask=m_own)
-                b_g0 += b_grad * b_x0
-                b_g1 += b_grad * b_x1
-                b_g2 += b_grad * b_x2
-                b_g3 += b_grad * b_x3
-                b_gb += b_grad
-                b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
-                b_d1, b_d2, b_d3 = b_d0, b_d1, b_d2
-                i_1, i_2, i_3 = sequences[u], i_1, i_2
+                o_done = i_t + u - 3 + o_one
+                m_done = m_c & (o_done >= i_first) & (o_done < T)
+                tl.store(p_done + u * GRAD_X_ROW, b_done.to(dtype), mask=m_done)
         i_t += AHEAD
-    # Three rows of the next block, which counts them for the taps.
+    p_partial = partial + i_block * (K + 1) * C + o_c
+    for i in tl.static_range(K):
+        tl.store(p_partial + (K - 1 - i) * C, sums[i], mask=m_c)
+    tl.store(p_partial + K * C, sums[4], mask=m_c)
+    # Three rows of the next block, which counts them for taps and bias.
     rows = _rows_ahead(x + i_t * X_ROW + o_c, m_c, T - i_t, X_ROW, 3)
     grads = _rows_ahead(grad + i_t * C + o_c, m_c, T - i_t, C, 3)
     sequences = _sequences_ahead(sequence, i_t, T, 3)
     for u in tl.static_range(3):
-        b_x0, b_x1, b_x2, b_x3, _, b_d0, b_d1, b_d2, b_d3 = _row_backward(
-            rows[u],
-            grads[u],
-            sequences[u],
-            i_1,
-            i_2,
-            i_3,
-            b_x1,
-            b_x2,
-            b_x3,
-            b_d1,
-            b_d2,
-            b_d3,
-            taps,
-            b_bias,
-            B,
-            True,
+        b_done, past, ids, due, sums = _backward_row(
+            rows[u], grads[u], sequences[u], past, ids, due, sums, taps, b_bias, B, True
         )
-        i_out = i_t + u - 3 + o_one
-        p_grad_x = grad_x + (i_t + u - 3) * GRAD_X_ROW + o_c
-        tl.store(p_grad_x, b_d3.to(dtype), mask=m_c & (i_out >= i_first) & (i_out < T))
-        b_x1, b_x2, b_x3 = b_x0, b_x1, b_x2
-        b_d1, b_d2, b_d3 = b_d0, b_d1, b_d2
-        i_1, i_2, i_3 = sequences[u], i_1, i_2
-    p_partial = partial + i_block * (K + 1) * C + o_c
-    tl.store(p_partial + (K - 1) * C, b_g0, mask=m_c)
-    if K > 1:
-        tl.store(p_partial + (K - 2) * C, b_g1, mask=m_c)
-    if K > 2:
-        tl.store(p_partial + (K - 3) * C, b_g2, mask=m_c)
-    if K > 3:
-        tl.store(p_partial + (K - 4) * C, b_g3, mask=m_c)
-    tl.store(p_partial + K * C, b_gb, mask=m_c)
+        o_done = i_t + u - 3 + o_one
+        p_done = grad_x + (i_t + u - 3) * GRAD_X_ROW + o_c
+        tl.store(p_done, b_done.to(dtype), mask=m_c & (o_done >= i_first) & (o_done < T))
 
 
 def conv_fwd(x: Tensor, weight: Tensor, bias: Tensor, sequence: Tensor, batch: int) -> Tensor:

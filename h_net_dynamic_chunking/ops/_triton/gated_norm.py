@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2, sigmoid
+from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2, sigmoid, silu
 
 # Widest row that is kept in registers.
 MAX_DIM = 8192
@@ -42,7 +42,7 @@ def gated_norm_fwd_kernel(
         m_live = m_d & (o_t < end) & (o_t < T)
         b_y = tl.load(y + i_t * D + o_d, mask=m_live, other=0).to(tl.float32)
         b_z = tl.load(z + i_t * Z_ROW + o_d, mask=m_live, other=0).to(tl.float32)
-        b_gated = b_y * (b_z * sigmoid(b_z))
+        b_gated = b_y * silu(b_z)
         scale = 1 / tl.sqrt(tl.sum(b_gated * b_gated) / D + eps)
         b_out = b_gated * scale * b_weight
         tl.store(out + i_t * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d & (o_t < T))
