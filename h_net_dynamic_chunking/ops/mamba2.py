@@ -15,16 +15,20 @@ Contract
 
 The tail behind the last sequence may hold anything: it comes out as zeros and gets zeros as its
 gradient. Steps and decays are float32 (float64 for float64). As one operation the gradients of the
-parts are written where they belong, into one buffer, and what can be had again cheaply is not kept
-for the backward pass: projected and y are.
+parts are written where they belong, into one buffer. For the backward pass projected, y, the result
+of the convolution and, in half precision, the states that enter the recurrence's chunks are kept,
+each about d_inner numbers a position, projected twice that: they cost more time to have again than
+the memory is worth. Where it is not, `activation_checkpointing` of the layers keeps none of them.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from h_net_dynamic_chunking.ops import ssd_torch
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.causal_conv import (
     _causal_conv,
@@ -44,7 +48,14 @@ from h_net_dynamic_chunking.ops.packing import (
     in_some_sequence,
 )
 from h_net_dynamic_chunking.ops.registration import operation
-from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, _ssd, _ssd_backward, why_no_kernels
+from h_net_dynamic_chunking.ops.ssd import (
+    CHUNK_SIZE,
+    KERNEL_CHUNK_SIZE,
+    _as_one_row,
+    _ssd,
+    _ssd_backward,
+    why_no_kernels,
+)
 
 
 class Mamba2Parameters(NamedTuple):
@@ -105,15 +116,42 @@ def mamba2_inner(
     return out
 
 
-def _runs_on_triton(projected: Tensor, parameters: Mamba2Parameters) -> bool:
-    """Whether all kernels take these; if not, each of the parts chooses for itself."""
+def _sizes_fit(parameters: Mamba2Parameters) -> bool:
+    """All kernels."""
     d_inner, d_state, heads = parameters.sizes
     unfit = (
         why_no_conv_kernels(parameters.conv_weight.shape[2])
         or why_no_kernels(d_inner // heads, d_state)
         or why_no_norm_kernels(d_inner)
     )
-    return unfit is None and uses_triton(projected)
+    return unfit is None
+
+
+def _runs_on_triton(projected: Tensor, parameters: Mamba2Parameters) -> bool:
+    """Whether all kernels take these; if not, each of the parts chooses for itself."""
+    return _sizes_fit(parameters) and uses_triton(projected)
+
+
+class Mamba2Kept(NamedTuple):
+    """Results of the forward pass that the backward pass reads."""
+
+    y: Tensor
+    """(..., d_inner), of the recurrence."""
+    convolved: Tensor
+    """(..., d_inner + 2 d_state)."""
+    states: Tensor
+    """(chunks, heads, d_state, head_dim), entering the chunks that the kernels make of all the
+    positions; none of float32, whose chunks are short, so that there would be many."""
+
+
+def _new_states(projected: Tensor, parameters: Mamba2Parameters) -> Tensor:
+    """Unwritten ones to keep, of a shape that is the same on every backend and device."""
+    d_inner, d_state, heads = parameters.sizes
+    chunks = 0
+    if projected.dtype in (torch.bfloat16, torch.float16) and _sizes_fit(parameters):
+        positions = math.prod(projected.shape[:-1])
+        chunks = (positions + KERNEL_CHUNK_SIZE - 1) // KERNEL_CHUNK_SIZE
+    return projected.new_empty(chunks, heads, d_state, d_inner // heads)
 
 
 @operation("mamba2_inner")
@@ -128,22 +166,34 @@ def _mamba2_inner(
     eps: float,
     cu_seqlens: Tensor | None,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The result, and y of the same shape."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what `Mamba2Kept` names."""
     parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     if _runs_on_triton(projected, parameters):
         from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_fwd
 
+        rows = len(projected) if cu_seqlens is None else None
         shape = *projected.shape[:-1], len(norm_weight)
         cu_seqlens = cu_seqlens_of_rows(projected) if cu_seqlens is None else cu_seqlens
-        out, y = mamba2_fwd(flat_rows(projected), parameters, eps, cu_seqlens)
-        return out.view(shape), y.view(shape)
+        out, y, convolved, states = mamba2_fwd(
+            flat_rows(projected), parameters, eps, cu_seqlens, rows
+        )
+        if projected.dtype == torch.float32:
+            states = _new_states(projected, parameters)
+        return out.view(shape), y.view(shape), convolved.view(*shape[:-1], -1), states
     gate, conv_in, raw = parameters.split(projected)
     convolved = _causal_conv(conv_in, conv_weight, conv_bias, cu_seqlens)
     x, B, C = parameters.split_conv(convolved)
     dt = F.softplus(_steps(raw, dt_bias, cu_seqlens))
     y = _ssd(x, dt, _decay_rates(A_log), B, C, D, cu_seqlens, chunk_size).flatten(-2)
-    return _gated_norm(y, gate, norm_weight, eps, cu_seqlens), y
+    out = _gated_norm(y, gate, norm_weight, eps, cu_seqlens)
+    states = _new_states(projected, parameters)
+    with use_backend("auto"):
+        back_on_kernels = _runs_on_triton(projected, parameters)
+    if back_on_kernels and len(states):
+        # So goes what torch.compile traced, whatever it went forward on.
+        states.copy_(_entering_states(x, dt, _decay_rates(A_log), B, cu_seqlens))
+    return out, y, convolved, states
 
 
 @_mamba2_inner.register_fake
@@ -158,9 +208,13 @@ def _(
     eps: float,
     cu_seqlens: Tensor | None,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    shape = *projected.shape[:-1], norm_weight.shape[0]
-    return projected.new_empty(shape), projected.new_empty(shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    d_inner, d_state, _ = parameters.sizes
+    leading = projected.shape[:-1]
+    out, y = (projected.new_empty(*leading, d_inner) for _ in range(2))
+    convolved = projected.new_empty(*leading, d_inner + 2 * d_state)
+    return out, y, convolved, _new_states(projected, parameters)
 
 
 @operation("mamba2_inner_backward")
@@ -177,26 +231,30 @@ def _mamba2_inner_backward(
     cu_seqlens: Tensor | None,
     chunk_size: int,
     y: Tensor,
+    convolved: Tensor,
+    states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of projected and of the parameters, in the order of the arguments."""
     parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     if _runs_on_triton(projected, parameters):
         from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_bwd
 
-        cu_seqlens = cu_seqlens_of_rows(projected) if cu_seqlens is None else cu_seqlens
+        rows = len(projected) if cu_seqlens is None else None
         grad_projected = projected.new_empty(projected.shape)
-        flat_grad, flat_y = flat_rows(grad).contiguous(), flat_rows(y)
         gradients = mamba2_bwd(
-            flat_grad,
+            flat_rows(grad).contiguous(),
             flat_rows(projected),
             parameters,
             eps,
-            cu_seqlens,
-            flat_y,
+            cu_seqlens_of_rows(projected) if cu_seqlens is None else cu_seqlens,
+            rows,
+            Mamba2Kept(y, convolved, states),
             flat_rows(grad_projected),
         )
         return grad_projected, *gradients
-    return _backward_by_parts(grad, projected, parameters, eps, cu_seqlens, chunk_size, y)
+    return _backward_by_parts(
+        grad, projected, parameters, eps, cu_seqlens, chunk_size, y, convolved
+    )
 
 
 @_mamba2_inner_backward.register_fake
@@ -213,6 +271,8 @@ def _(
     cu_seqlens: Tensor | None,
     chunk_size: int,
     y: Tensor,
+    convolved: Tensor,
+    states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
     a, b, c, d, e, f = (p.new_empty(p.shape) for p in parameters)
@@ -227,11 +287,11 @@ def _backward_by_parts(
     cu_seqlens: Tensor | None,
     chunk_size: int,
     y: Tensor,
+    convolved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
     gate, conv_in, raw = parameters.split(projected)
     grad_y, grad_gate, grad_norm = _gated_norm_backward(grad, y, gate, norm_weight, eps, cu_seqlens)
-    convolved = _causal_conv(conv_in, conv_weight, conv_bias, cu_seqlens)
     x, B, C = parameters.split_conv(convolved)
     steps, A = _steps(raw, dt_bias, cu_seqlens), _decay_rates(A_log)
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = _ssd_backward(
@@ -254,6 +314,17 @@ def _backward_by_parts(
     )
 
 
+def _entering_states(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """`Mamba2Kept.states` on torch."""
+    if cu_seqlens is None:
+        cu_seqlens = cu_seqlens_of_rows(x)
+        x, dt, B = (t.flatten(0, 1) for t in (x, dt, B))
+    (x, dt, B), sequence = _as_one_row(cu_seqlens, x, dt, B)
+    return ssd_torch.entering_states(x, dt, A, B, sequence, KERNEL_CHUNK_SIZE)[0]
+
+
 def _steps(raw: Tensor, dt_bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """dt before the softplus, (..., heads), finite in the tail."""
     wide = accumulation_dtype(raw.dtype)
@@ -266,20 +337,22 @@ def _decay_rates(A_log: Tensor) -> Tensor:
     return -A_log.to(accumulation_dtype(A_log.dtype)).exp()
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.eps, cu_seqlens, ctx.chunk_size = inputs
     ctx.backend = chosen_backend()
-    ctx.save_for_backward(*tensors, cu_seqlens, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, cu_seqlens, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
-    *tensors, cu_seqlens, y = ctx.saved_tensors
+    *tensors, cu_seqlens, y, convolved, states = ctx.saved_tensors
     with use_backend(ctx.backend):
-        gradients = _mamba2_inner_backward(grad, *tensors, ctx.eps, cu_seqlens, ctx.chunk_size, y)
+        gradients = _mamba2_inner_backward(
+            grad, *tensors, ctx.eps, cu_seqlens, ctx.chunk_size, y, convolved, states
+        )
     return *gradients, None, None, None
 
 

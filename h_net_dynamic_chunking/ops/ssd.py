@@ -42,6 +42,8 @@ _logger = logging.getLogger(__name__)
 #     batch 8, length  512, d_model  384, head_dim 64, d_state  64    121 / 140 / 161
 #     batch 4, length  512, d_model 1024, head_dim 64, d_state 128    271 / 215 / 250
 CHUNK_SIZE = 64
+# Of the kernels in half precision.
+KERNEL_CHUNK_SIZE = 128
 
 
 def ssd(

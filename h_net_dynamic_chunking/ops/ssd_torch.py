@@ -67,6 +67,15 @@ def ssd_forward(
     return y.to(x.dtype).contiguous(), state
 
 
+def entering_states(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, sequence: Tensor | None, chunk_size: int
+) -> Tensor:
+    """What each chunk is entered with: (batch, chunks, heads, d_state, head_dim), dtype of x."""
+    c = _divide(x, dt, A, B, B, sequence, chunk_size)
+    written = (c.u * c.to_end).to(x.dtype).flatten(-2)
+    return _entering(c, written, None)[0].transpose(2, 3)
+
+
 def ssd_backward(
     grad: Tensor,
     x: Tensor,

@@ -223,7 +223,7 @@ def call_ssd() -> None:
     x, B, C = torch.randn(total, heads * P + 2 * N).bfloat16().split([heads * P, N, N], 1)
     x = x.unflatten(1, (heads, P))
     dt, A, D = torch.rand(total, heads), -torch.ones(heads), torch.ones(heads)
-    y, entering = ssd_forward.ssd_fwd(x, dt, A, B, C, D, torch.tensor([0, 40, total]))
+    y, states = ssd_forward.ssd_fwd(x, dt, A, B, C, D, torch.tensor([0, 40, total]))
     ssd_backward.ssd_bwd(
         y,
         x,
@@ -233,7 +233,7 @@ def call_ssd() -> None:
         C,
         D,
         torch.tensor([0, 40, total]),
-        entering,
+        states,
         grad_x=y,
         grad_dt=dt,
         grad_B=B,

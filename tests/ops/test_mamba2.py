@@ -52,8 +52,8 @@ def test_gradcheck_and_opcheck(cu_seqlens: Tensor | None) -> None:
     rest = (1e-5, cu_seqlens, 2)
     torch.library.opcheck(torch.ops.h_net.mamba2_inner.default, (*inputs, *rest))
     plain = tuple(x.detach() for x in inputs)
-    grad, y = randn(*positions, 2).detach(), randn(*positions, 2, seed=1).detach()
-    backward = (grad, *plain, *rest, y)
+    grad, y, convolved = (randn(*positions, d, seed=d).detach() for d in (2, 2, 6))
+    backward = (grad, *plain, *rest, y, convolved, y.new_empty(0, 1, 2, 2))
     torch.library.opcheck(torch.ops.h_net.mamba2_inner_backward.default, backward)
     (gradient,) = torch.autograd.grad(
         inner(*inputs, cu_seqlens=cu_seqlens).sum(), inputs[0], create_graph=True

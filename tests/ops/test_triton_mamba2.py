@@ -85,9 +85,9 @@ def inner(projected: Tensor, *parameters: Tensor, cu_seqlens: Tensor | None = No
     return mamba2_inner(projected, Mamba2Parameters(*parameters), cu_seqlens)
 
 
-def kernel_inputs(total: int) -> tuple[Tensor, ...]:
+def kernel_inputs(total: int, heads: int = 4) -> tuple[Tensor, ...]:
     """Of the smallest sizes of the recurrence's kernels."""
-    return mamba2_inputs(total, heads=4, head_dim=16, d_state=16, taps=4)
+    return mamba2_inputs(total, heads=heads, head_dim=16, d_state=16, taps=4)
 
 
 @pytest.mark.parametrize("lens", LENS)
@@ -106,6 +106,36 @@ def test_mamba2_of_padded_rows() -> None:
         *kernel_inputs(10),
         low_precision=False,
     )
+
+
+def test_mamba2_of_padded_rows_of_whole_chunks() -> None:
+    """Which are rows to the recurrence too."""
+    assert_kernels_agree(
+        lambda projected, *rest: inner(projected.unflatten(0, (2, 128)), *rest).flatten(0, 1),
+        *kernel_inputs(256, heads=1),
+    )
+
+
+@pytest.mark.parametrize("lens", [[256], [128, 128], [100, 0, 90]])
+def test_kept_states(lens: list[int]) -> None:
+    """Those of the kernels are those of the torch path, which a GPU may go back on."""
+    from h_net_dynamic_chunking.ops import mamba2
+
+    projected, *parameters = (
+        x.detach().to(DEVICE, torch.float16) for x in kernel_inputs(sum(lens) + 20, heads=1)
+    )
+    cu_seqlens = cumulative(lens, DEVICE)
+    with use_backend("triton"):
+        arguments = (1e-5, cu_seqlens, 8)
+        *_, convolved, got = torch.ops.h_net.mamba2_inner(projected, *parameters, *arguments)
+    named = Mamba2Parameters(*parameters)
+    assert got.shape == mamba2._new_states(projected, named).shape
+    x, B, _ = named.split_conv(convolved)
+    dt = torch.nn.functional.softplus(
+        mamba2._steps(named.split(projected)[2], named.dt_bias, cu_seqlens)
+    )
+    want = mamba2._entering_states(x, dt, mamba2._decay_rates(named.A_log), B, cu_seqlens)
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
 
 
 def test_mamba2_with_a_tail_of_nan() -> None:

@@ -14,24 +14,34 @@ from h_net_dynamic_chunking.ops._triton.sequence_ids import sequence_ids
 from h_net_dynamic_chunking.ops._triton.ssd_backward import ssd_bwd
 from h_net_dynamic_chunking.ops._triton.ssd_forward import ssd_fwd
 from h_net_dynamic_chunking.ops._triton.time_step import time_step_bwd, time_step_fwd
+from h_net_dynamic_chunking.ops.ssd import KERNEL_CHUNK_SIZE
 
 if TYPE_CHECKING:
-    from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters
+    from h_net_dynamic_chunking.ops.mamba2 import Mamba2Kept, Mamba2Parameters
 
 
 def mamba2_fwd(
-    projected: Tensor, parameters: "Mamba2Parameters", eps: float, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The normed rows, and y before the gate, both (total, d_inner); of projected (total, ...)."""
+    projected: Tensor,
+    parameters: "Mamba2Parameters",
+    eps: float,
+    cu_seqlens: Tensor,
+    rows: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normed rows, y before the gate and the convolved rows, all (total, ...); the states.
+
+    projected:  (total, ...)
+    rows:       sequences of one length, if all are; None for any others
+    """
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
     gate, conv_in, raw = parameters.split(projected)
     ids = sequence_ids(cu_seqlens, len(projected))
     convolved = conv_fwd(conv_in, conv_weight, conv_bias, *ids)
     dt = time_step_fwd(raw, dt_bias, cu_seqlens)
     x, B, C = parameters.split_conv(convolved)
-    y, _ = ssd_fwd(x, dt, -A_log.float().exp(), B, C, D, cu_seqlens)
+    division = _division(x, cu_seqlens, rows)
+    y, states = ssd_fwd(x, dt, -A_log.float().exp(), B, C, D, *division)
     y = y.flatten(1)
-    return gated_norm_fwd(y, gate, norm_weight, eps, cu_seqlens), y
+    return gated_norm_fwd(y, gate, norm_weight, eps, cu_seqlens), y, convolved, states
 
 
 def mamba2_bwd(
@@ -40,22 +50,24 @@ def mamba2_bwd(
     parameters: "Mamba2Parameters",
     eps: float,
     cu_seqlens: Tensor,
-    y: Tensor,
+    rows: int | None,
+    kept: "Mamba2Kept",
     grad_projected: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Write the gradient of the projected rows; return those of the parameters, in their order."""
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
     gate, conv_in, raw = parameters.split(projected)
     grad_gate, grad_conv_in, grad_raw = parameters.split(grad_projected)
+    y, convolved = kept.y.view(grad.shape), kept.convolved.view(conv_in.shape)
     grad_y, grad_norm = gated_norm_bwd(grad, y, gate, norm_weight, eps, cu_seqlens, grad_gate)
 
-    # Cheaper to have again than to keep: a tenth of what the layer keeps for 2 % of its time.
+    # Cheap to have again.
     ids = sequence_ids(cu_seqlens, len(projected))
-    convolved = conv_fwd(conv_in, conv_weight, conv_bias, *ids)
     dt, A = time_step_fwd(raw, dt_bias, cu_seqlens), -A_log.float().exp()
     x, B, C = parameters.split_conv(convolved)
     grad_convolved, grad_dt = torch.empty_like(convolved), torch.empty_like(dt)
     grad_x, grad_B, grad_C = parameters.split_conv(grad_convolved)
+    cu, count = _division(x, cu_seqlens, rows)
     grad_A, grad_D = ssd_bwd(
         grad_y.view(x.shape),
         x,
@@ -64,8 +76,9 @@ def mamba2_bwd(
         B,
         C,
         D,
-        cu_seqlens,
-        None,
+        cu,
+        kept.states if len(kept.states) else None,
+        count,
         grad_x=grad_x,
         grad_dt=grad_dt,
         grad_B=grad_B,
@@ -77,3 +90,11 @@ def mamba2_bwd(
     )
     grad_A_log = (grad_A * A).to(A_log.dtype)
     return grad_weight, grad_bias, grad_dt_bias, grad_A_log, grad_D.to(D.dtype), grad_norm
+
+
+def _division(x: Tensor, cu_seqlens: Tensor, rows: int | None) -> tuple[Tensor | None, int]:
+    """What `ssd_fwd` calls cu and rows. Rows are faster, but only those of whole chunks are as many
+    chunks as if they were packed, which short rows would multiply."""
+    if rows is None or len(x) % (rows * KERNEL_CHUNK_SIZE):
+        return cu_seqlens, 1
+    return None, rows

@@ -419,7 +419,7 @@ def ssd_bwd(
     C: Tensor,
     D: Tensor,
     cu: Tensor | None,
-    entering: Tensor | None,
+    states: Tensor | None,
     rows: int = 1,
     *,
     grad_x: Tensor,
@@ -430,13 +430,12 @@ def ssd_bwd(
     """Write the gradients of x, dt, B and C; return those of A and D, float32 (heads,).
 
     Shapes and strides as of `ssd_fwd`, the gradients' too: each of its own stride between
-    positions. `entering` is what `ssd_fwd` returned beside y; None computes it again.
+    positions. `states` is what `ssd_fwd` returned beside y; None computes it again.
     """
     divided = divide(dt, A, cu, rows, x.dtype)
-    if entering is None:
+    if states is None:
         entering = segment_states(x, B, divided, back=False)
-    states = chunk_states(x, B, divided, entering, back=False)
-    del entering
+        states = chunk_states(x, B, divided, entering, back=False)
     behind = segment_states(grad, C, divided, back=True)
     grad_states = chunk_states(grad, C, divided, behind, back=True)
     del behind

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import halvings, launch, power_of_2, sequence_of
+from h_net_dynamic_chunking.ops.ssd import KERNEL_CHUNK_SIZE
 
 # The start of a sequence that positions of none have: no position is at or behind it.
 _NOWHERE = tl.constexpr(1 << 30)
@@ -164,7 +165,7 @@ def divide(
 def chunk_size(dtype: torch.dtype) -> int:
     """L. A long chunk brings few states through memory; and the kernels work by halves of it, whose
     sums over heads fit into registers."""
-    return 32 if _is_large(dtype) else 128
+    return 32 if _is_large(dtype) else KERNEL_CHUNK_SIZE
 
 
 def stages(dtype: torch.dtype, wanted: int) -> int:

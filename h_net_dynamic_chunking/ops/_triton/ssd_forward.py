@@ -118,8 +118,8 @@ def ssd_fwd(
     *,
     initial: Tensor | None = None,
     final: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """y (total, heads, P), and what entered each segment, for `ssd_bwd`: None if it was zeros.
+) -> tuple[Tensor, Tensor]:
+    """y (total, heads, P), and what enters each chunk, (rows * chunks, heads, N, P), for `ssd_bwd`.
 
     Rows are faster than the same sequences packed, if their heads are enough for the device: then
     a row is one segment.
@@ -138,7 +138,7 @@ def ssd_fwd(
     y = x.new_empty(x.shape)
     for late in (True, False):
         _outputs(x, B, C, D, divided, states, y, late)
-    return y, entering
+    return y, states
 
 
 def _outputs(
