@@ -7,8 +7,8 @@ Each kernel is checked against torch, then captured some tens of times in one CU
 weights, states and caches of which there are so many that L2 serves none of them. us is the
 time of one call (of a whole layer: of all its kernels), MB what it must read and write; "of copy"
 compares with the bandwidth of a large copy in the same process. state_step and attention_step are
-checked as parts of their layers, which end with a norm here. With several rows the linear layers
-are torch's, and not listed.
+checked as parts of their layers, which end with a norm here. The linear layers are listed for one
+row only.
 """
 
 import argparse
