@@ -13,11 +13,12 @@ of its own, the kernels return NaN.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype, check_packed
 from h_net_dynamic_chunking.ops.registration import operation
 
 IGNORED = -100
@@ -30,10 +31,18 @@ _LARGEST_VOCABULARY = 4096
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum, in nats; the contract is at the top of this file.
 
-    >>> import torch
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+
     >>> summed_cross_entropy(torch.zeros(3, 256), torch.tensor([7, 0, -100])) / 2  # log 256
     tensor(5.5452)
     """
+    check_packed("logits", logits, 2)
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape ({logits.shape[0]},), "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
     loss: Tensor = _cross_entropy(logits, labels)
     return loss
 

@@ -4,7 +4,7 @@
 
 Contract
     weight:  (vocab, dim), float
-    ids:     int64, any shape, each in 0 .. vocab - 1
+    ids:     int32 or int64, any shape, each in 0 .. vocab - 1
     out:     (*shape of ids, dim), dtype of `weight`
 
 On a GPU, in half precision, with a vocabulary no larger than dim, the gradient is that product:
@@ -24,9 +24,16 @@ from h_net_dynamic_chunking.ops.registration import operation
 def embedding(weight: Tensor, ids: Tensor) -> Tensor:
     """The rows; the contract is at the top of this file.
 
+    Raises:
+        ValueError: shapes or dtypes off the contract. An id out of range is torch's to refuse.
+
     >>> embedding(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 1, 0])).flatten()
     tensor([2., 2., 1.])
     """
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (vocab, dim), got {tuple(weight.shape)}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
     out: Tensor = _embedding(weight, ids)
     return out
 

@@ -54,6 +54,15 @@ def position_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.arange(total, device=cu_seqlens.device) - cu_seqlens[sequence]
 
 
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless `tensor` is floating-point and has a last dimension."""
+    if tensor.ndim < 1 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating-point tensor of shape (..., dim), "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+
+
 def check_packed(name: str, tensor: Tensor, ndim: int) -> None:
     """Raise ValueError unless `tensor` is a floating-point tensor of `ndim` dimensions."""
     if tensor.ndim != ndim or not tensor.is_floating_point():
@@ -90,6 +99,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, name: str = "cu_seqlens") -> None:
 
     Its values are not read: on a GPU that would stop the host.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

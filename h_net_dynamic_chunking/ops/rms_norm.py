@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype, in_some_sequence
+from h_net_dynamic_chunking.ops.packing import (
+    accumulation_dtype,
+    check_cu_seqlens,
+    check_float,
+    check_packed,
+    in_some_sequence,
+)
 from h_net_dynamic_chunking.ops.registration import operation
 
 # A program of the kernels holds a whole row; wider ones go to torch.
@@ -36,14 +42,32 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """s and out; the contract is at the top of this file.
 
+    Raises:
+        ValueError: shapes or dtypes off the contract.
+
     >>> h, update = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, -6.0]])
     >>> add_rms_norm(h, update, torch.ones(2))
     (tensor([[ 3., -3.]]), tensor([[ 1.0000, -1.0000]]))
     """
+    _check(h, update, weight, cu_seqlens)
     s: Tensor
     out: Tensor
     s, out = _add_rms_norm(h, update, weight, eps, cu_seqlens)
     return s, out
+
+
+def _check(h: Tensor, update: Tensor | None, weight: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        check_float("h", h)
+    else:
+        check_packed("h", h, 2)
+        check_cu_seqlens(cu_seqlens)
+    if update is not None and update.shape != h.shape:
+        raise ValueError(
+            f"update must have the shape of h, {tuple(h.shape)}, got {tuple(update.shape)}"
+        )
+    if weight.shape != h.shape[-1:]:
+        raise ValueError(f"weight must have shape ({h.shape[-1]},), got {tuple(weight.shape)}")
 
 
 @operation("add_rms_norm")

@@ -21,6 +21,7 @@ from torch import Tensor
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
     accumulation_dtype,
+    check_packed_or_padded,
     in_some_sequence,
     position_in_sequence,
 )
@@ -36,13 +37,28 @@ def rotary(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, the first two turned; the contract is at the top of this file.
 
+    Raises:
+        ValueError: shapes or dtypes off the contract, or a rotary_dim that is odd or wider than a
+            head.
+
     >>> q, k, v = rotary(torch.ones(1, 2, 6), heads=1, rotary_dim=2)
     >>> q[0, :, 0]
     tensor([[ 1.0000,  1.0000],
             [-0.3012,  1.3818]])
     """
+    _check(qkv, heads, rotary_dim, cu_seqlens)
     q, k, v, _ = _rotary(qkv, heads, rotary_dim, base, cu_seqlens)
     return q, k, v
+
+
+def _check(qkv: Tensor, heads: int, rotary_dim: int, cu_seqlens: Tensor | None) -> None:
+    check_packed_or_padded("qkv", qkv, cu_seqlens)
+    width = qkv.shape[-1]
+    if heads < 1 or width % (3 * heads):
+        raise ValueError(f"heads must divide a third of qkv's width {width}, got {heads}")
+    head_dim = width // (3 * heads)
+    if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
+        raise ValueError(f"rotary_dim must be even and in 0 .. {head_dim}, got {rotary_dim}")
 
 
 def rotate(x: Tensor, position: Tensor, rotary_dim: int, base: float = 10000.0) -> Tensor:

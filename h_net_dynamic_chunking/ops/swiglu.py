@@ -14,16 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype, check_float
 from h_net_dynamic_chunking.ops.registration import operation
 
 
 def swiglu(x: Tensor) -> Tensor:
     """value * silu(gate); the contract is at the top of this file.
 
+    Raises:
+        ValueError: x of integers, or with an odd last dimension.
+
     >>> swiglu(torch.tensor([2.0, 3.0, 0.0, 20.0]))
     tensor([ 0., 60.])
     """
+    check_float("x", x)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x must have an even last dimension, got {tuple(x.shape)}")
     out: Tensor = _swiglu(x)
     return out
 

@@ -221,3 +221,37 @@ def test_compile() -> None:
         )
         graphs.add(compilations())
     assert len(graphs) == 1
+
+
+ROWS = torch.zeros(4, 6)
+BYTES = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: add_rms_norm(ROWS, None, torch.ones(1)), r"weight must have shape \(6,\)"),
+        (lambda: add_rms_norm(ROWS, ROWS[:1], torch.ones(6)), r"update must have the shape of h"),
+        (lambda: add_rms_norm(ROWS.int(), None, torch.ones(6)), "h must be a floating-point"),
+        (lambda: add_rms_norm(ROWS[None], None, torch.ones(6), 1e-5, BYTES), "h must be"),
+        (lambda: add_rms_norm(ROWS, None, torch.ones(6), 1e-5, [0, 4]), "cu_seqlens must be a te"),
+        (lambda: swiglu(ROWS[:, :5]), "x must have an even last dimension"),
+        (lambda: swiglu(BYTES), "x must be a floating-point"),
+        (lambda: swiglu(torch.tensor(1.0)), "x must be a floating-point"),
+        (lambda: rotary(ROWS, 1, 2), "qkv must be a floating-point tensor of shape"),
+        (lambda: rotary(ROWS[None], 1, 2, 1e4, BYTES), "qkv must be a floating-point"),
+        (lambda: rotary(ROWS[None], 4, 2), "heads must divide a third of qkv's width 6, got 4"),
+        (lambda: rotary(ROWS[None], 0, 2), "heads must divide"),
+        (lambda: rotary(ROWS[None], 1, 1), r"rotary_dim must be even and in 0 \.\. 2, got 1"),
+        (lambda: rotary(ROWS[None], 1, 4), "rotary_dim must be even"),
+        (lambda: summed_cross_entropy(ROWS[0], BYTES), "logits must be"),
+        (lambda: summed_cross_entropy(ROWS, BYTES.int()), r"labels must be int64 of shape \(4,\)"),
+        (lambda: summed_cross_entropy(ROWS, BYTES[:3]), "labels must be int64"),
+        (lambda: embedding(ROWS, ROWS), "ids must be int32 or int64, got torch.float32"),
+        (lambda: embedding(ROWS[0], BYTES), r"weight must have shape \(vocab, dim\)"),
+    ],
+)
+def test_off_the_contract(call: Callable[[], object], message: str) -> None:
+    """What torch would broadcast, and a kernel would read past its end."""
+    with pytest.raises(ValueError, match=message):
+        call()
