@@ -1,5 +1,6 @@
 """AdamW with a learning rate per stage, and no decay where decay makes no sense."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,20 +36,47 @@ def adamw(groups: Iterable[dict[str, Any]], learning_rate: float) -> torch.optim
     """AdamW over the groups of `HNetLM.parameter_groups`, each with its multiple of the rate.
 
     Fused: a group is a few launches, which read and write each number once.
+
+    Raises:
+        ValueError: groups without multiples, or a rate that is no number of at least 0.
     """
-    optimizer = torch.optim.AdamW(list(groups), lr=learning_rate, betas=BETAS, fused=True)
+    groups = list(groups)
+    for group in groups:
+        if not isinstance(group, dict) or "lr_multiplier" not in group:
+            got = sorted(group) if isinstance(group, dict) else type(group).__name__
+            raise ValueError(
+                "groups must be dicts with an 'lr_multiplier', as HNetLM.parameter_groups gives, "
+                f"got {got}"
+            )
+    _check_rate(learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
     set_learning_rate(optimizer, learning_rate)
     return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give each group its multiple of `learning_rate`; in place where its rate is a tensor."""
+    """Give each group its multiple of `learning_rate`; in place where its rate is a tensor.
+
+    Raises:
+        ValueError: a rate that is no number of at least 0, or groups without multiples.
+    """
+    _check_rate(learning_rate)
+    if not all("lr_multiplier" in group for group in optimizer.param_groups):
+        raise ValueError(
+            "optimizer must have an 'lr_multiplier' in each group, as one of `adamw` has; "
+            f"got a {type(optimizer).__name__} with {sorted(optimizer.param_groups[0])}"
+        )
     for group in optimizer.param_groups:
         rate = learning_rate * group["lr_multiplier"]
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def _check_rate(learning_rate: float) -> None:
+    if not isinstance(learning_rate, (int, float)) or not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be a number of at least 0, got {learning_rate!r}")
 
 
 def clip_gradients(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """GraphedStep: the numbers of a plain loop, wherever it runs, and rates that change on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +99,80 @@ def test_other_shapes_are_refused() -> None:
         step(ids)
     with pytest.raises(ValueError, match="inputs must be"):
         step(batches("cuda")[0][:2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rates_that_are_replaced_reach_the_graph() -> None:
+    model = small_model("cuda")
+    optimizer = adamw(model.parameter_groups(0.0), 1e-3)
+    step = GraphedStep(lambda ids: losses_of(model, ids), optimizer)
+    for ids in batches("cuda"):
+        step(ids)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [parameter.clone() for parameter in model.parameters()]
+    step(batches("cuda")[0])
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="optimizer must keep the state"):
+        step(batches("cuda")[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"losses_of": 5}, "losses_of must be callable, got int"),
+        ({"optimizer": None}, "optimizer must be a torch.optim.Optimizer, got NoneType"),
+        ({"max_norm": -1.0}, "max_norm must be a number above 0, got -1.0"),
+        ({"max_norm": "1"}, "max_norm must be a number above 0, got '1'"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    model = small_model("cpu")
+    arguments = {"losses_of": model, "optimizer": adamw(model.parameter_groups(0.1), 1e-3)}
+    with pytest.raises(ValueError, match=message):
+        GraphedStep(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("results_of", "got"),
+    [
+        (lambda loss: loss, "got Tensor"),
+        (lambda loss: [], "got list without any"),
+        (lambda loss: None, "got NoneType"),
+        (lambda loss: [loss, 3.0], r"got \['Tensor', 'float'\]"),
+        (lambda loss: [loss.expand(2)], r"shape \(2,\), requires_grad=True"),
+        (lambda loss: [loss.detach()], r"shape \(\), requires_grad=False"),
+    ],
+)
+def test_bad_losses_change_nothing(results_of: Callable[[Tensor], Any], got: str) -> None:
+    model = small_model("cpu")
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = adamw(model.parameter_groups(0.1), 1e-3)
+    step = GraphedStep(lambda ids: results_of(losses_of(model, ids)[0]), optimizer)
+    with pytest.raises(ValueError, match=f"losses_of must return a sequence.*{got}"):
+        step(batches("cpu")[0])
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("inputs", [(), ([1, 2],), (torch.zeros(2, 3).long(), 5)])
+def test_inputs_are_tensors(inputs: tuple[Any, ...]) -> None:
+    model = small_model("cpu")
+    step = GraphedStep(lambda ids: losses_of(model, ids), adamw(model.parameter_groups(0.1), 1e-3))
+    with pytest.raises(ValueError, match="inputs must be one tensor or more"):
+        step(*inputs)
+
+
+def test_adamw_wants_multiples_and_a_rate() -> None:
+    model = small_model("cpu")
+    for groups, got in ((model.parameters(), "got Parameter"), ([{"params": []}], "'params'")):
+        with pytest.raises(
+            ValueError, match=f"groups must be dicts with an 'lr_multiplier'.*{got}"
+        ):
+            adamw(groups, 1e-3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="learning_rate must be a number of at least 0, got '1'"):
+        adamw(model.parameter_groups(0.1), "1")  # type: ignore[arg-type]
+    other = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"optimizer must have an 'lr_multiplier'.*SGD"):
+        set_learning_rate(other, 1e-3)
+    assert other.param_groups[0]["lr"] == 0.1
