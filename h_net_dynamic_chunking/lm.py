@@ -22,6 +22,7 @@ from h_net_dynamic_chunking.files import whole
 from h_net_dynamic_chunking.flops import flops_per_byte
 from h_net_dynamic_chunking.h_net import HNet
 from h_net_dynamic_chunking.layers import Isotropic, parse_layout
+from h_net_dynamic_chunking.layers._checks import check_flag
 from h_net_dynamic_chunking.layers.embedding import Embedding
 from h_net_dynamic_chunking.layout import Layout, layout_of
 from h_net_dynamic_chunking.lm_inference import InferenceCache, LMInference, check_ids
@@ -73,6 +74,7 @@ class HNetLM(LMInference):
     ) -> None:
         if not isinstance(config, HNetConfig):
             raise ValueError(f"config must be an HNetConfig, got {type(config).__name__}")
+        check_flag(activation_checkpointing=activation_checkpointing)
         super().__init__()
         if ratio_loss_weight is not None:
             config = replace(config, ratio_loss_weight=ratio_loss_weight)
@@ -84,7 +86,7 @@ class HNetLM(LMInference):
         self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embeddings.weight
-        self._limit_chunks(max_chunks or ())
+        self._limit_chunks(() if max_chunks is None else max_chunks)
         for stack in itertools.chain(*self.stacks):
             stack.activation_checkpointing = activation_checkpointing
         self.init_weights()
@@ -107,12 +109,13 @@ class HNetLM(LMInference):
 
     def _limit_chunks(self, max_chunks: Sequence[int]) -> None:
         stages, _ = self._levels()
-        if max_chunks and (
-            len(max_chunks) != len(stages) or any(type(n) is not int or n < 1 for n in max_chunks)
+        if not isinstance(max_chunks, Sequence) or (
+            len(max_chunks) not in (0, len(stages))
+            or any(type(n) is not int or n < 1 for n in max_chunks)
         ):
             raise ValueError(
                 f"max_chunks must have one integer of at least 1 for each of {len(stages)} "
-                f"stages, got {max_chunks}"
+                f"stages, got {max_chunks!r}"
             )
         for stage, limit in zip(stages, max_chunks, strict=False):
             stage.chunker.max_chunks = limit

@@ -13,6 +13,13 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
+def check_flag(**flags: bool) -> None:
+    """Raise ValueError unless every flag, named by its keyword, is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")
+
+
 def check_input(x: Tensor, d_model: int, cu_seqlens: Tensor | None = None) -> None:
     """Raise ValueError unless `x` is `(batch, length, d_model)`, or packed with good `cu_seqlens`.
 
@@ -33,6 +40,8 @@ def check_step_input(x: Tensor, d_model: int) -> None:
 def _check_shape(x: Tensor, ndim: int, wanted: str, d_model: int) -> None:
     if x.ndim != ndim or x.shape[-1] != d_model:
         raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating-point, got {x.dtype}")
 
 
 def check_extension(x: Tensor, d_model: int, lens: Tensor | None) -> None:

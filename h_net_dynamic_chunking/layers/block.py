@@ -22,9 +22,14 @@ class Block(nn.Module):
              them
     update:  like h, what is still to be added to it; None for nothing
     out:     the pair h, update after this block; h float32 or float64
+
+    Raises:
+        ValueError: mixer is no module, or returns no tensor of the shape of its input.
     """
 
     def __init__(self, mixer: nn.Module, d_model: int, mlp: SwiGLU | None = None) -> None:
+        if not isinstance(mixer, nn.Module):
+            raise ValueError(f"mixer must be a torch.nn.Module, got {type(mixer).__name__}")
         super().__init__()
         self.norm1 = RMSNorm(d_model)
         self.mixer = mixer
@@ -53,11 +58,21 @@ class Block(nn.Module):
             lengths = {name: offers[name] for name in self.lengths}
         masked = cu_seqlens if has_tail else None
         h, normed = add_then_norm(self.norm1, h, update, masked)
-        update = self.mixer(normed, **lengths)
+        update = self._checked(self.mixer(normed, **lengths), normed)
         if self.norm2 is not None and self.mlp is not None:
             h, normed = add_then_norm(self.norm2, h, update, masked)
             update = self.mlp(normed)
         return h, update
+
+    def _checked(self, mixed: Any, x: Tensor) -> Tensor:
+        """What the mixer made of x; a narrower one would be added all the same, by broadcasting."""
+        if isinstance(mixed, Tensor) and mixed.shape == x.shape:
+            return mixed
+        got = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
+        raise ValueError(
+            f"mixer must return a tensor of the shape of its input, {tuple(x.shape)}; "
+            f"{type(self.mixer).__name__} gave {got}"
+        )
 
     def step(self, h: Tensor, cache: Any, rows: Rows = ALL_ROWS) -> Tensor:
         """One position: h, out (rows, d_model)."""

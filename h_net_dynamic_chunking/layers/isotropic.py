@@ -19,6 +19,7 @@ from h_net_dynamic_chunking import step_module
 from h_net_dynamic_chunking.cache import ALL_ROWS, Rows
 from h_net_dynamic_chunking.layers._checks import (
     check_extension,
+    check_flag,
     check_input,
     check_sizes,
     check_step_input,
@@ -86,6 +87,7 @@ class Isotropic(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         check_sizes(d_model=d_model)
+        check_flag(activation_checkpointing=activation_checkpointing)
         factories = _mixer_factories(ssm, attention, mixers or {})
         letters = _expand_layout(layout, factories)
         super().__init__()

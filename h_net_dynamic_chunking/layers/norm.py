@@ -47,7 +47,7 @@ def add_then_norm(
     h, update:   (..., dim), float; None for nothing to add
     cu_seqlens:  with h packed, (total, dim): rows of no sequence count as zeros
     """
-    if type(norm) is RMSNorm and not (norm._forward_hooks or norm._forward_pre_hooks):
+    if type(norm) is RMSNorm and not _is_watched(norm):
         return add_rms_norm(h, update, norm.weight, norm.eps or 0.0, cu_seqlens)
     h = h.to(accumulation_dtype(h.dtype))
     if update is not None:
@@ -55,3 +55,12 @@ def add_then_norm(
     if cu_seqlens is not None:
         h = zero_tail(h, cu_seqlens)
     return h, norm(h)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

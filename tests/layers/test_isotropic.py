@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.layers import CausalAttention, Isotropic, Mamba2, RMSNorm
+from h_net_dynamic_chunking.layers import CausalAttention, Isotropic, Mamba2, MixerFactory, RMSNorm
 from tests.layers.stacks import D_MODEL, STACKS, small_stack
 
 
@@ -158,6 +158,8 @@ def test_unreadable_layout(layout: str) -> None:
         ({"layout": "T1", "d_intermediate": -1}, "d_intermediate must be"),
         ({"layout": "t1", "attention": {"num_heads": 5}}, "num_heads must divide d_model = 32"),
         ({"ssm": {"d_state": 8}, "mixers": {"m": nn.Identity}}, "ssm must be None when mixers"),
+        ({"mixers": {"m": lambda d: abs}}, "mixer must be a torch.nn.Module, got builtin"),
+        ({"activation_checkpointing": "no"}, "activation_checkpointing must be True or False"),
         ({"mixers": {"M": nn.Identity}}, "mixers must have single lower-case letters as keys"),
     ],
 )
@@ -169,6 +171,23 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"x must have shape \(batch, length, 32\)"):
         small_stack("m1")(torch.randn(2, 3, 31))
+    with pytest.raises(ValueError, match=r"x must be floating-point, got torch\.int64"):
+        small_stack("m1")(torch.ones(2, 3, 32, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cu_seqlens must be a tensor, got list"):
+        small_stack("m1")(torch.randn(3, 32), [0, 3])
+
+
+@pytest.mark.parametrize(
+    ("mixer", "got"),
+    [
+        (lambda d: nn.Linear(d, 1), r"Linear gave \(2, 3, 1\)"),
+        (lambda d: nn.GRU(d, d, batch_first=True), "GRU gave tuple"),
+    ],
+)
+def test_what_mixers_return_is_checked(mixer: MixerFactory, got: str) -> None:
+    """The first would be broadcast over the stream."""
+    with pytest.raises(ValueError, match=rf"mixer must return a tensor.*\(2, 3, 32\); {got}"):
+        Isotropic("x1", D_MODEL, mixers={"x": mixer})(torch.randn(2, 3, D_MODEL))
 
 
 # dynamo looks at the inputs of the second block, which are no leaves.
@@ -198,5 +217,8 @@ def test_norms_that_are_watched_or_replaced_are_called() -> None:
         norm.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].dtype))
     torch.testing.assert_close(stack(x), want)
     assert calls == [torch.float32] * 2
+    stack.layers[1].norm1.register_full_backward_hook(lambda *_: calls.append("backward"))
+    stack(x.requires_grad_()).sum().backward()
+    assert calls.count("backward") == 1
     stack.layers[1].norm1 = nn.LayerNorm(D_MODEL)
     assert stack(x).shape == x.shape

@@ -377,9 +377,15 @@ def test_compiled_layers_serve_all_lengths() -> None:
     assert 0 < counts[0] == counts[1] == counts[2] <= 8
 
 
-@pytest.mark.parametrize("max_chunks", [[3], [3, 4, 5], [3, 0], [3, 4.0]])
-def test_limits_on_chunks_are_checked(max_chunks: list[Any]) -> None:
+@pytest.mark.parametrize("max_chunks", [[3], [3, 4, 5], [3, 0], [3, 4.0], 5, 0])
+def test_limits_on_chunks_are_checked(max_chunks: Any) -> None:
     config = HNetConfig.create_reasonable_config(D=[32, 32, 64], arch=["m1", "m1", "T1"])
     assert HNetLM(config, max_chunks=[7, 3]).backbone.network.chunker.max_chunks == 3
     with pytest.raises(ValueError, match="max_chunks must have one integer"):
         HNetLM(config, max_chunks=max_chunks)
+
+
+def test_checkpointing_is_a_flag() -> None:
+    config = HNetConfig.create_reasonable_config(D=[32, 64], arch=["m1", "T1"])
+    with pytest.raises(ValueError, match="activation_checkpointing must be True or False, got 2"):
+        HNetLM(config, activation_checkpointing=2)  # type: ignore[arg-type]
