@@ -80,7 +80,9 @@ def _(grad: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _runs_on_triton(logits: Tensor) -> bool:
-    return logits.shape[1] <= _LARGEST_VOCABULARY and uses_triton(logits)
+    vocab, most = logits.shape[1], _LARGEST_VOCABULARY
+    unfit = f"the kernels take vocabularies of up to {most}, not {vocab}" if vocab > most else None
+    return uses_triton(logits, unfit=unfit)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -8,8 +8,9 @@ Contract
     weight:      (dim,), float
     cu_seqlens:  (batch + 1,), int32 or int64, or None. With it h is (total, dim), and the tail
                  behind the last sequence counts as zeros, whatever stands there
-    s:           (..., dim), float32 (float64 if h or update are)
-    out:         (..., dim), dtype of `weight`; computed in the wider of the dtypes of s and weight
+    s:           (..., dim), float32 (float64 if h or update are), contiguous
+    out:         (..., dim), dtype of `weight`, contiguous; computed in the wider of the dtypes of s
+                 and weight
 
 The backward pass keeps s and nothing else, and writes the gradients of h and of update together.
 """
@@ -78,7 +79,8 @@ def _add_rms_norm(
         from h_net_dynamic_chunking.ops._triton.rms_norm import add_rms_norm_fwd
 
         return add_rms_norm_fwd(h, update, weight, eps, cu_seqlens)
-    s = h.to(_stream_dtype(h, update), copy=True)
+    # Contiguous, as the fake promises, whatever h is: compiled code asserts the strides.
+    s = h.to(_stream_dtype(h, update), copy=True, memory_format=torch.contiguous_format)
     if update is not None:
         s += update
     if cu_seqlens is not None:
@@ -112,7 +114,7 @@ def _add_rms_norm_backward(
         return add_rms_norm_bwd(grad_s, grad_out, s, weight, eps, cu_seqlens, dtype, second)
     wide = torch.promote_types(s.dtype, weight.dtype)
     normed, scale = _normed(s.to(wide), eps)
-    grad = grad_out.to(wide)
+    grad = grad_out.to(wide).contiguous()
     if cu_seqlens is not None:
         inside = in_some_sequence(cu_seqlens, len(s))[:, None]
         grad = grad.where(inside, 0)
@@ -156,7 +158,9 @@ def _stream_dtype(h: Tensor, update: Tensor | None) -> torch.dtype:
 
 def _runs_on_triton(*tensors: Tensor | None) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
-    return given[0].shape[-1] <= _WIDEST and all(map(uses_triton, given))
+    width = given[0].shape[-1]
+    unfit = f"the kernels take rows of up to {_WIDEST}, not {width}" if width > _WIDEST else None
+    return all(uses_triton(tensor, unfit=unfit) for tensor in given)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

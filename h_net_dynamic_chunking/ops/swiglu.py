@@ -2,7 +2,8 @@
 
 Contract
     x:    (..., 2 * width), float: values first, gates behind
-    out:  (..., width), dtype of x; computed in float32 (float64 for float64), rounded once
+    out:  (..., width), dtype of x, contiguous; computed in float32 (float64 for float64), rounded
+          once
 
 The gradient of x is written whole, so that no halves are put together.
 """
@@ -41,7 +42,8 @@ def _swiglu(x: Tensor) -> Tensor:
 
         return swiglu_fwd(x)
     value, gate = x.to(accumulation_dtype(x.dtype)).chunk(2, dim=-1)
-    return (value * F.silu(gate)).to(x.dtype)
+    # The strides that the fake promises, whatever those of x are: compiled code asserts them.
+    return (value * F.silu(gate)).to(x.dtype).contiguous()
 
 
 @_swiglu.register_fake

@@ -202,6 +202,26 @@ def test_gradcheck_and_opcheck() -> None:
         torch.library.opcheck(op.default, inputs)
 
 
+def test_results_are_contiguous_whatever_comes_in() -> None:
+    """As the fakes say, by which compiled code is laid out."""
+    x, cu_seqlens = randn(6, 7).detach().t(), cumulative([3, 2])
+    ops, dtypes = torch.ops.h_net, (torch.float64, torch.bfloat16)
+    w, labels, cube = weight(6), some_labels(7, 6), randn(2, 3, 7).detach().permute(2, 1, 0)
+    for op, inputs in (
+        (ops.add_rms_norm, (x, x + 1, w.detach(), 1e-5, cu_seqlens)),
+        (ops.add_rms_norm_backward, (x, x, x + 1, w.detach(), 1e-5, cu_seqlens, *dtypes)),
+        (ops.swiglu, (x,)),
+        (ops.swiglu_backward, (x[:, :3], x)),
+        (ops.rotary, (x, 1, 2, 10.0, cu_seqlens)),
+        (ops.rotary_backward, (cube, cube, cube, randn(7, 2, 1).detach(), cu_seqlens)),
+        (ops.cross_entropy_backward, (w.detach().sum(), x, labels)),
+        (ops.embedding, (x, labels.clamp(min=0))),
+        (ops.embedding_backward, (x, labels.clamp(min=0), 6)),
+        (ops.zero_tail, (cube, cu_seqlens)),
+    ):
+        torch.library.opcheck(op.default, inputs, test_utils="test_faketensor")
+
+
 def test_compile() -> None:
     """Whole graph, once for all lengths."""
 

@@ -107,3 +107,16 @@ def test_a_label_that_is_none_gives_nan() -> None:
         for label in (5, -1):
             labels = torch.tensor([0, label, 1], device=DEVICE)
             assert summed_cross_entropy(logits, labels).isnan()
+
+
+def test_sizes_beyond_the_kernels_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from h_net_dynamic_chunking.ops import cross_entropy, rms_norm
+
+    monkeypatch.setattr(rms_norm, "_WIDEST", 8)
+    monkeypatch.setattr(cross_entropy, "_LARGEST_VOCABULARY", 8)
+    x, labels = torch.ones(2, 9, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match="rows of up to 8, not 9"):
+            add_rms_norm(x, None, x[0])
+        with pytest.raises(ValueError, match="vocabularies of up to 8, not 9"):
+            summed_cross_entropy(x, labels)
