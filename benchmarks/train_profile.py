@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from train_cases import COPY, DEVICE, PRODUCTS, Case, Trainer, table
 
 from h_net_dynamic_chunking.config_checks import MAMBA_HEAD_DIM
-from h_net_dynamic_chunking.layers import mamba2, parse_layout
+from h_net_dynamic_chunking.layers import parse_layout
 from h_net_dynamic_chunking.layers.mlp import swiglu_width
 
 LABEL = "component:"
@@ -24,7 +24,6 @@ MODULES = {
     "Mamba2": "mamba",
     "CausalAttention": "attention",
     "SwiGLU": "mlp",
-    "RMSNorm": "norm",
     "Isotropic": "stack",
     "Embedding": "embedding",
     "DynamicSequenceChunker": "chunker",
@@ -44,13 +43,13 @@ def component(kernel: str, path: tuple[str, ...]) -> str:
     if "optimizer" in path:
         return "optimizer"
     if "mamba" in path:
-        if "ssd" in path or re.search(r"ssd|chunk_state|state_pass", kernel):
+        if "ssd" in kernel:
             return "SSD"
         if product:
             return "Mamba products"
-        if "conv" in path or "conv" in kernel:
+        if "conv" in kernel:
             return "causal convolution"
-        if "norm" in path or re.search("norm|gate", kernel):
+        if "norm" in kernel:
             return "gated norm"
         return "Mamba, other"
     if "attention" in path:
@@ -65,7 +64,7 @@ def component(kernel: str, path: tuple[str, ...]) -> str:
         return "head product" if product else "cross entropy"
     if "embedding" in path:
         return "embedding"
-    if "norm" in path or "stack" in path:
+    if "stack" in path:
         return "norms and residual stream"
     return "widths and other"
 
@@ -157,24 +156,19 @@ def _parameters(case: Case) -> int:
 
 @contextmanager
 def labelled(model: nn.Module) -> Iterator[None]:
-    """Inside, every module and a few functions say in the profile where they begin and end."""
+    """Inside, every module says in the profile where it begins and ends."""
     undo: list[Callable[[], None]] = []
 
-    def mark(owner: Any, name: str, label: str) -> None:
-        """Replace a function; a hook would not see what is not a module's forward."""
-        old = getattr(owner, name, None)
-        if old is None:
-            return
+    def mark(owner: nn.Module, name: str, label: str) -> None:
+        """Replace a method; a hook would not see what is not a module's forward."""
+        old = getattr(owner, name)
 
         def function(*arguments: Any, **options: Any) -> Any:
             with record_function(LABEL + label):
                 return old(*arguments, **options)
 
         setattr(owner, name, function)
-        if isinstance(owner, nn.Module):
-            undo.append(lambda: delattr(owner, name))
-        else:
-            undo.append(lambda: setattr(owner, name, old))
+        undo.append(lambda: delattr(owner, name))
 
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -184,10 +178,6 @@ def labelled(model: nn.Module) -> Iterator[None]:
                 mark(module, method, label)
         elif label is not None:
             mark(module, "forward", label)
-        if label == "mamba":
-            for method in ("_packed_conv", "_causal_conv"):
-                mark(module, method, "conv")
-    mark(mamba2, "ssd_chunked", "ssd")
     mark(model, "_cross_entropy", "loss")
     try:
         yield
