@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.ops.embedding import embedding
+from h_net_dynamic_chunking.ops.registration import PLAIN
 
 
 class Embedding(nn.Embedding):
-    """torch's, with the gradient of `ops.embedding`; a jagged tensor keeps torch's.
+    """torch's, with the gradient of `ops.embedding`; jagged and sharded tensors keep torch's.
 
     ids:  int64, any shape
     out:  (*shape of ids, dim), dtype of `weight`
@@ -20,5 +21,6 @@ class Embedding(nn.Embedding):
         super().__init__(vocab, dim)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # Of nested tensors torch knows the shape, and an operation of ours does not.
-        return super().forward(ids) if ids.is_nested else embedding(self.weight, ids)
+        plain = type(self.weight) in PLAIN and type(ids) in PLAIN and not ids.is_nested
+        # What nested and sharded tensors are, torch knows and an operation of ours does not.
+        return embedding(self.weight, ids) if plain else super().forward(ids)

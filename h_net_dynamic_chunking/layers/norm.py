@@ -42,7 +42,7 @@ def add_then_norm(
     """The residual stream h + update, at least float32, and what `norm` makes of it.
 
     As one operation, `ops.rms_norm`, for an `RMSNorm` as this library has it; anything that stands
-    in its place, or that is watched by hooks, is called as a module.
+    in its place, that is watched by hooks, or whose forward was replaced, is called as a module.
 
     h, update:   (..., dim), float; None for nothing to add
     cu_seqlens:  with h packed, (total, dim): rows of no sequence count as zeros
@@ -63,4 +63,6 @@ def _is_watched(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        # As accelerate does, which fetches the weights in it.
+        or "forward" in module.__dict__
     )

@@ -220,5 +220,9 @@ def test_norms_that_are_watched_or_replaced_are_called() -> None:
     stack.layers[1].norm1.register_full_backward_hook(lambda *_: calls.append("backward"))
     stack(x.requires_grad_()).sum().backward()
     assert calls.count("backward") == 1
+    plain = stack.layers[0].norm1.forward
+    stack.layers[0].norm1.forward = lambda x: (calls.append("replaced"), plain(x))[1]
+    torch.testing.assert_close(stack(x), want)
+    assert calls.count("replaced") == 1
     stack.layers[1].norm1 = nn.LayerNorm(D_MODEL)
     assert stack(x).shape == x.shape
