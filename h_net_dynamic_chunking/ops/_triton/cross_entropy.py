@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch, power_of_2
 from h_net_dynamic_chunking.ops._triton.partial_sums import column_sums
 
 _ELEMENTS = 4096  # of a program
@@ -67,7 +67,7 @@ def _constants(vocab: int) -> dict[str, int]:
 def cross_entropy_fwd(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum, a float32 scalar."""
     total, constants = len(logits), _constants(logits.shape[1])
-    programs = triton.cdiv(total, constants["ROWS"])
+    programs = cdiv(total, constants["ROWS"])
     partial = torch.empty(programs, 1, dtype=torch.float32, device=logits.device)
     launch(
         cross_entropy_fwd_kernel,
@@ -90,7 +90,7 @@ def cross_entropy_bwd(grad: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     launch(
         cross_entropy_bwd_kernel,
-        triton.cdiv(total, constants["ROWS"]),
+        cdiv(total, constants["ROWS"]),
         {
             "grad": grad.contiguous(),
             "logits": logits.contiguous(),

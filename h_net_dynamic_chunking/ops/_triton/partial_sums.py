@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch
 
 _ROWS, _COLUMNS = 64, 32
 
@@ -30,7 +30,7 @@ def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(dim, dtype=dtype, device=partial.device)
     launch(
         column_sums_kernel,
-        triton.cdiv(dim, _COLUMNS),
+        cdiv(dim, _COLUMNS),
         {"partial": partial, "out": out, "parts": parts},
         {"D": dim, "ROWS": _ROWS, "COLUMNS": _COLUMNS},
         num_warps=4,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch, power_of_2
 from h_net_dynamic_chunking.ops._triton.partial_sums import column_sums
 
 # Rows of a tile, and numbers of a row that a thread holds.
@@ -119,7 +119,7 @@ def add_rms_norm_fwd(
     out = torch.empty(h.shape, dtype=weight.dtype, device=h.device)
     launch(
         add_rms_norm_fwd_kernel,
-        triton.cdiv(total, rows),
+        cdiv(total, rows),
         {
             "h": h,
             "update": h if update is None else update.contiguous(),
@@ -156,9 +156,9 @@ def add_rms_norm_bwd(
     """The gradient of the sum in one dtype, in a second, and that of the weight."""
     dim = s.shape[-1]
     total, block, (rows, numbers) = s.numel() // dim, power_of_2(dim), _BACKWARD
-    tiles, warps = triton.cdiv(total, rows), _warps(rows * block, numbers)
-    steps = triton.cdiv(tiles, _WARPS // warps)
-    programs = triton.cdiv(tiles, steps)
+    tiles, warps = cdiv(total, rows), _warps(rows * block, numbers)
+    steps = cdiv(tiles, _WARPS // warps)
+    programs = cdiv(tiles, steps)
     grad = torch.empty(s.shape, dtype=dtype, device=s.device)
     again = s.new_empty(0) if second is None else torch.empty_like(s, dtype=second)
     partial = torch.empty(programs, dim, dtype=torch.float32, device=s.device)

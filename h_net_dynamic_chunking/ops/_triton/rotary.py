@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import halvings, launch, power_of_2, sequence_of
+from h_net_dynamic_chunking.ops._triton.common import (
+    cdiv,
+    halvings,
+    launch,
+    power_of_2,
+    sequence_of,
+)
 
 _ANGLE_ROWS = 32
 _WARPS = 4
@@ -134,7 +140,7 @@ def _cos_sin(
     batch = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     launch(
         angles_kernel,
-        triton.cdiv(rows, _ANGLE_ROWS),
+        cdiv(rows, _ANGLE_ROWS),
         {
             "cu": cos_sin if cu_seqlens is None else cu_seqlens,
             "cos_sin": cos_sin,

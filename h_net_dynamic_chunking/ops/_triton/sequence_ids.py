@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import halvings, launch, sequence_of
+from h_net_dynamic_chunking.ops._triton.common import cdiv, halvings, launch, sequence_of
 
 _BLOCK = 256
 
@@ -22,7 +22,7 @@ def sequence_ids(cu_seqlens: Tensor, total: int) -> tuple[Tensor, int]:
     sequence = torch.empty(total, dtype=torch.int32, device=cu_seqlens.device)
     launch(
         sequence_ids_kernel,
-        triton.cdiv(total, _BLOCK),
+        cdiv(total, _BLOCK),
         {
             "cu": cu_seqlens.contiguous(),
             "sequence": sequence,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch, power_of_2
 
 _BLOCK = 4096  # at most; of 13120 x 4096 numbers it takes 97% of what 1024 does, both ways (H200)
 _NUMBERS = 16  # of a thread
@@ -45,7 +45,7 @@ def swiglu_fwd(x: Tensor) -> Tensor:
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     launch(
         swiglu_fwd_kernel,
-        (x.numel() // (2 * width), triton.cdiv(width, block)),
+        (x.numel() // (2 * width), cdiv(width, block)),
         {"x": x, "out": out},
         {"W": width, "BLOCK": block},
         num_warps=max(1, block // (32 * _NUMBERS)),
@@ -60,7 +60,7 @@ def swiglu_bwd(grad: Tensor, x: Tensor) -> Tensor:
     grad_x = torch.empty_like(x)
     launch(
         swiglu_bwd_kernel,
-        (x.numel() // (2 * width), triton.cdiv(width, block)),
+        (x.numel() // (2 * width), cdiv(width, block)),
         {"grad": grad.contiguous(), "x": x, "grad_x": grad_x},
         {"W": width, "BLOCK": block},
         num_warps=max(1, block // (32 * _NUMBERS)),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch
 
 _BLOCK = 4096
 
@@ -24,7 +24,7 @@ def zero_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     out = torch.empty_like(x)
     launch(
         zero_tail_kernel,
-        triton.cdiv(x.numel(), _BLOCK),
+        cdiv(x.numel(), _BLOCK),
         {
             "x": x,
             "cu": cu_seqlens.contiguous(),
