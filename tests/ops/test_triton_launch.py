@@ -14,7 +14,7 @@ class Kernel:
     """Stands for a jitted kernel; counts how often Triton is asked, and the shortcut taken."""
 
     def __init__(self) -> None:
-        self.arg_names = ["x", "n", "BLOCK"]
+        self.arg_names = ["x", "n", "y", "BLOCK"]
         self.asked, self.shortcuts = 0, 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -45,7 +45,7 @@ def launched(
 ) -> str:
     """How this launch went: by the shortcut, or by Triton."""
     asked = kernel.asked
-    common.launch(kernel, 1, {"x": x, "n": n}, {"BLOCK": block}, num_warps=warps)
+    common.launch(kernel, 1, {"x": x, "n": n, "y": X}, {"BLOCK": block}, num_warps=warps)
     return "shortcut" if kernel.asked == asked else "triton"
 
 
@@ -53,7 +53,7 @@ def test_only_the_same_types_take_the_shortcut() -> None:
     kernel = Kernel()
     assert launched(kernel) == "triton"
     assert launched(kernel, n=16) == "shortcut"
-    for other in ({"x": X.half()}, {"block": 8}, {"warps": 8}):
+    for other in ({"x": X.half()}, {"x": X.to("meta")}, {"block": 8}, {"warps": 8}):
         assert launched(kernel, **other) == "triton", other  # type: ignore[arg-type]
         assert launched(kernel, **other) == "shortcut", other  # type: ignore[arg-type]
     assert launched(Kernel()) == "triton"

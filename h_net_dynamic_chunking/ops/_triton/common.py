@@ -81,14 +81,15 @@ def launch(
     ordinary = torch.version.hip is None
     for value in arguments.values():
         if isinstance(value, Tensor):
-            key.append(value.dtype)
-            device, value = value.device, value.data_ptr()
+            device = value.device
+            # Of each: Triton refuses a tensor of the host, whose address a kernel would read.
+            key += (value.dtype, device)
+            value = value.data_ptr()
             ordinary &= value % 16 == 0
         elif type(value) is int:
             ordinary &= value < 1 << 31
         # Triton would ask a tensor for its address once more, and the driver about that.
         passed.append(value)
-    key.append(device)
     compiled = _COMPILED.get(tuple(key)) if ordinary else None
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(device):
