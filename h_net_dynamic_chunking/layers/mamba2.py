@@ -64,6 +64,8 @@ class Mamba2(nn.Module):
             cache of another batch size or dtype.
 
     Layer equations, and the initialisation, are those of the official H-Net code and its Mamba-2.
+    `conv1d` and `norm` hold parameters for one operation and are not called by `forward`: hooks on
+    them see nothing.
 
     >>> mixer = Mamba2(64, d_state=16, head_dim=32)
     >>> mixer(torch.randn(2, 10, 64)).shape
