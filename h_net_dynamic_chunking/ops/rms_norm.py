@@ -124,7 +124,7 @@ def _add_rms_norm_backward(
     total = (weighted - normed * along) * scale
     if grad_s is not None:
         total += grad_s
-    grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    grad_weight = (grad * normed).sum_to_size(weight.shape).to(weight.dtype)
     again = s.new_empty(0) if second is None else total.to(second, copy=True)
     return total.to(dtype), again, grad_weight
 

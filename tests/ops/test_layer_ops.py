@@ -179,6 +179,7 @@ def test_gradcheck_and_opcheck() -> None:
     for function, inputs in (
         (lambda h, u, w: add_rms_norm(h, u, w, cu_seqlens=cu_seqlens), (h, update, w)),
         (lambda h, w: add_rms_norm(h, None, w), (h, w)),
+        (lambda h, w: add_rms_norm(h, None, w), (h[0].detach().requires_grad_(), w)),
         (swiglu, (x,)),
         (lambda x: rotary(x, 2, 2, 10.0, cu_seqlens), (qkv,)),
         (lambda x: summed_cross_entropy(x, labels), (logits,)),
