@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
+    accumulation_dtype,
     check_packed_or_padded,
     cu_seqlens_of_rows,
     flat_rows,
@@ -79,7 +80,7 @@ def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | N
         ids = sequence_ids(cu_seqlens, len(flat))
         return conv_fwd(flat, weight, bias, *ids).view(x.shape)
     rows, row = _rows(x, cu_seqlens, weight.shape[2])
-    out = F.silu(_at_positions(_convolve(rows, weight, bias), row, x), inplace=True)
+    out = _at_positions(F.silu(_convolve(rows, weight, bias), inplace=True), row, x)
     return zero_tail_(out, cu_seqlens)
 
 
@@ -145,43 +146,45 @@ def _rows(x: Tensor, cu_seqlens: Tensor | None, taps: int) -> tuple[Tensor, Tens
 
 
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Before the SiLU: (batch, length, channels) -> (batch, length + taps - 1, channels)."""
-    weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
-    padding, groups = weight.shape[2] - 1, len(weight)
-    return F.conv1d(rows.mT, weight, bias, padding=padding, groups=groups).mT
+    """Before the SiLU, like rows (batch, length, channels), in the dtype of accumulation.
+
+    Tap by tap: torch's convolution wants channels before positions, and takes a CPU twice as long.
+    """
+    wide = accumulation_dtype(rows.dtype)
+    rows, taps = rows.to(wide), weight.flatten(1).to(wide).unbind(1)
+    out = rows * taps[-1] + bias.to(wide)
+    for back in range(1, min(len(taps), rows.shape[1])):
+        out[:, back:].addcmul_(rows[:, :-back], taps[-1 - back])
+    return out
+
+
+def _convolve_backward(grad: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of rows, weight and bias, in the dtype of grad."""
+    rows, taps = rows.to(grad.dtype), weight.flatten(1).to(grad.dtype).unbind(1)
+    grad_rows, grad_taps = grad * taps[-1], [(grad * rows).sum((0, 1))]
+    for back in range(1, len(taps)):
+        # Empty slices where the taps reach back further than a row is long.
+        later, earlier = grad[:, back:], rows[:, : max(rows.shape[1] - back, 0)]
+        grad_rows[:, : earlier.shape[1]].addcmul_(later, taps[-1 - back])
+        grad_taps.append((later * earlier).sum((0, 1)))
+    grad_weight = torch.stack(grad_taps[::-1], dim=1).view(weight.shape)
+    return grad_rows, grad_weight, grad.sum((0, 1))
 
 
 def _at_positions(rows: Tensor, row: Tensor | None, x: Tensor) -> Tensor:
-    """What stands at the positions of x, as a tensor of its own and of the shape of x."""
-    if row is None:
-        return rows[:, : x.shape[1]].clone(memory_format=torch.contiguous_format)
-    return rows[0].index_select(0, row)
+    """What stands at the positions of x, in its dtype."""
+    return (rows if row is None else rows[0].index_select(0, row)).to(x.dtype)
 
 
 def _backward_torch(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    channels, _, taps = weight.shape
-    rows, row = _rows(x, cu_seqlens, taps)
+    rows, row = _rows(x, cu_seqlens, weight.shape[2])
     convolved = _convolve(rows, weight, bias)
-    grad = torch.ops.aten.silu_backward(grad, _at_positions(convolved, row, x))
-    if row is None:
-        grad = F.pad(grad, (0, 0, 0, taps - 1))
-    else:
-        grad = grad.new_zeros(convolved.shape[1:]).index_copy_(0, row, zero_tail_(grad, cu_seqlens))
-        grad = grad[None]
-    grad_rows, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad.mT,
-        rows.mT,
-        weight.to(x.dtype),
-        [channels],
-        [1],
-        [taps - 1],
-        [1],
-        False,
-        [0],
-        channels,
-        [True, True, True],
-    )
-    grad_x = zero_tail_(_at_positions(grad_rows.mT, row, x), cu_seqlens)
+    if row is not None:
+        grad = zero_tail_(grad.clone(), cu_seqlens)
+        grad = grad.new_zeros(rows.shape[1:]).index_copy_(0, row, grad)[None]
+    grad = torch.ops.aten.silu_backward(grad.to(convolved.dtype), convolved)
+    grad_rows, grad_weight, grad_bias = _convolve_backward(grad, rows, weight)
+    grad_x = zero_tail_(_at_positions(grad_rows, row, x), cu_seqlens)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
