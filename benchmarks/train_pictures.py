@@ -43,7 +43,7 @@ def _time_and_memory(figure: Figure, rows: list[dict[str, Any]], family: str) ->
         (line,) = left.plot(keys, [row["us a byte"] for row in points], "o-", label=name)
         left.plot(keys, [row["of products"] for row in points], "--", color=line.get_color())
         right.plot(keys, [row["peak GB"] for row in points], "o-", label=name)
-    left.set(ylabel="us a byte, forward + backward (dashed: FLOPs at 790 TFLOP/s)", yscale="log")
+    left.set(ylabel="us a byte (dashed: floor of the products)", yscale="log")
     right.set(ylabel="peak memory, GB", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
