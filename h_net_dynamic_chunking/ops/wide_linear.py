@@ -27,6 +27,7 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Raises:
         ValueError: shapes or dtypes off the contract.
 
+    >>> import torch
     >>> wide_linear(torch.ones(1, 2).bfloat16(), torch.tensor([[1.0, 0.001]]))
     tensor([[1.0010]])
     """
