@@ -23,6 +23,7 @@ from h_net_dynamic_chunking.layers.block import Block
 from h_net_dynamic_chunking.layers.mamba2 import Mamba2, MambaCache
 from h_net_dynamic_chunking.layers.mlp import SwiGLU
 from h_net_dynamic_chunking.layers.norm import RMSNorm
+from h_net_dynamic_chunking.ops.plain import is_plain
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def can_fuse(blocks: Sequence[Block], x: Tensor, norm_weight: Tensor, rows: Rows
     """Whether a stack of these blocks, which ends with such a norm, runs on the kernels.
 
     They take the weights of a layer and not the layer, so that one which somebody has replaced or
-    changed, by an adapter say, must run itself.
+    changed, by an adapter or a hook say, must run itself.
 
     Raises:
         ValueError: Triton was asked for by name and cannot run.
@@ -55,7 +56,7 @@ def _is_plain(block: Block) -> bool:
     ):
         return False
     parts = [*mixer.children(), block.norm1, block.norm2, *(mlp.children() if mlp else ())]
-    return all(part is None or type(part) in _PLAIN_PARTS for part in parts)
+    return all(part is None or any(is_plain(part, kind) for kind in _PLAIN_PARTS) for part in parts)
 
 
 def fused_step(

@@ -26,9 +26,11 @@ from h_net_dynamic_chunking.layers._checks import (
     check_step_input,
 )
 from h_net_dynamic_chunking.layers.norm import RMSNorm
-from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters, mamba2_inner
+from h_net_dynamic_chunking.ops.causal_conv import spread_rows
+from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters, Mamba2Sizes, mamba2_inner
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
-from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd_continued
+from h_net_dynamic_chunking.ops.plain import is_plain
+from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd, ssd_continued
 from h_net_dynamic_chunking.ops.tail import zero_tail
 
 
@@ -64,8 +66,8 @@ class Mamba2(nn.Module):
             cache of another batch size or dtype.
 
     Layer equations, and the initialisation, are those of the official H-Net code and its Mamba-2.
-    `conv1d` and `norm` hold parameters for one operation and are not called by `forward`: hooks on
-    them see nothing.
+    `conv1d` and `norm` hold parameters for one operation and are not called by `forward`, unless
+    somebody has replaced them, changed them or watches them with hooks.
 
     >>> mixer = Mamba2(64, d_state=16, head_dim=32)
     >>> mixer(torch.randn(2, 10, 64)).shape
@@ -114,15 +116,37 @@ class Mamba2(nn.Module):
         if cu_seqlens is not None and not tail_is_zero:
             # The gradient of the weights multiplies whatever is there by zero.
             x = zero_tail(x, cu_seqlens)
+        if not self._is_plain():
+            return self._forward_by_parts(x, cu_seqlens)
         mixed = mamba2_inner(
             self.in_proj(x),
-            self._inner,
+            self._parameters_inside(),
             cu_seqlens,
-            eps=cast(float, self.norm.eps),
+            eps=self.norm.eps or 0.0,
             chunk_size=self.chunk_size,
         )
         out: Tensor = self.out_proj(mixed)
         return out
+
+    def _is_plain(self) -> bool:
+        """Whether the operation, which takes only their weights, may stand for the parts."""
+        conv1d = self.conv1d
+        return (
+            is_plain(conv1d, nn.Conv1d) and conv1d.bias is not None and is_plain(self.norm, RMSNorm)
+        )
+
+    def _forward_by_parts(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """`forward` through the modules, whatever they are."""
+        gate, conv_in, dt = self._project(x)
+        rows, row = spread_rows(conv_in, cu_seqlens, self.d_conv)
+        # One zero more in front, so that no positions still are a legal input.
+        convolved = F.silu(self.conv1d(F.pad(rows.mT, (self.d_conv, 0)))[..., 1:]).mT
+        if row is not None:
+            convolved = convolved[0].index_select(0, row)
+        values, B, C = self._sizes.split_conv(convolved)
+        y = ssd(values, dt, self._A(), B, C, self.D, cu_seqlens, chunk_size=self.chunk_size)
+        out = self._gated(y, gate)
+        return out if cu_seqlens is None else zero_tail(out, cu_seqlens)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
@@ -174,7 +198,7 @@ class Mamba2(nn.Module):
         gate, conv_in, dt = self._project(x)
         # (rows, channels, d_conv)
         window = torch.cat([rows.read(cache.conv), conv_in[..., None]], dim=-1)
-        values, B, C = self._inner.split_conv(F.silu(self.conv1d(window)[..., 0]))
+        values, B, C = self._sizes.split_conv(F.silu(self.conv1d(window)[..., 0]))
 
         # Everything as (rows, heads, head_dim, d_state), in the dtype of the state.
         write = (dt[..., None] * values)[..., None] * B[:, None, None]
@@ -214,7 +238,7 @@ class Mamba2(nn.Module):
         window = torch.cat([rows.read(cache.conv).mT, conv_in], dim=1)
         # One zero more in front, so that no new positions still are a legal input.
         convolved = F.silu(self.conv1d(F.pad(window.mT, (1, 0)))[..., 1:]).mT
-        values, B, C = self._inner.split_conv(convolved)
+        values, B, C = self._sizes.split_conv(convolved)
         before = rows.read(cache.state)
         y, state = ssd_continued(
             values, dt, self._A(), B, C, self.D, before, chunk_size=self.chunk_size
@@ -234,12 +258,15 @@ class Mamba2(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate (..., d_inner), input of the convolution (..., channels), dt (..., heads)."""
-        gate, conv_in, raw = self._inner.split(self.in_proj(x))
+        gate, conv_in, raw = self._sizes.split(self.in_proj(x))
         wide = accumulation_dtype(raw.dtype)
         return gate, conv_in, F.softplus(raw.to(wide) + self.dt_bias.to(wide))
 
     @property
-    def _inner(self) -> Mamba2Parameters:
+    def _sizes(self) -> Mamba2Sizes:
+        return Mamba2Sizes(self.d_inner, self.d_state, self.num_heads)
+
+    def _parameters_inside(self) -> Mamba2Parameters:
         return Mamba2Parameters(
             self.conv1d.weight,
             cast(Tensor, self.conv1d.bias),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.plain import is_plain
 from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
 from h_net_dynamic_chunking.ops.tail import zero_tail
 
@@ -47,7 +48,8 @@ def add_then_norm(
     h, update:   (..., dim), float; None for nothing to add
     cu_seqlens:  with h packed, (total, dim): rows of no sequence count as zeros
     """
-    if type(norm) is RMSNorm and not _is_watched(norm):
+    if is_plain(norm, RMSNorm):
+        assert isinstance(norm, RMSNorm)
         return add_rms_norm(h, update, norm.weight, norm.eps or 0.0, cu_seqlens)
     h = h.to(accumulation_dtype(h.dtype))
     if update is not None:
@@ -55,14 +57,3 @@ def add_then_norm(
     if cu_seqlens is not None:
         h = zero_tail(h, cu_seqlens)
     return h, norm(h)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        # As accelerate does, which fetches the weights in it.
-        or "forward" in module.__dict__
-    )

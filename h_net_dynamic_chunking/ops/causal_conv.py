@@ -79,7 +79,7 @@ def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | N
         flat = flat_rows(x)
         ids = sequence_ids(cu_seqlens, len(flat))
         return conv_fwd(flat, weight, bias, *ids).view(x.shape)
-    rows, row = _rows(x, cu_seqlens, weight.shape[2])
+    rows, row = spread_rows(x, cu_seqlens, weight.shape[2])
     out = _at_positions(F.silu(_convolve(rows, weight, bias), inplace=True), row, x)
     return zero_tail_(out, cu_seqlens)
 
@@ -129,7 +129,7 @@ _causal_conv.register_autograd(_backward, setup_context=_setup_context)
 _causal_conv_backward.refuse_autograd()
 
 
-def _rows(x: Tensor, cu_seqlens: Tensor | None, taps: int) -> tuple[Tensor, Tensor | None]:
+def spread_rows(x: Tensor, cu_seqlens: Tensor | None, taps: int) -> tuple[Tensor, Tensor | None]:
     """x as (batch, length, channels); packed x as one row, and where its positions are in it.
 
     That row has zeros, as many as taps reach back, between the sequences, of which empty ones and
@@ -179,7 +179,7 @@ def _at_positions(rows: Tensor, row: Tensor | None, x: Tensor) -> Tensor:
 def _backward_torch(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, row = _rows(x, cu_seqlens, weight.shape[2])
+    rows, row = spread_rows(x, cu_seqlens, weight.shape[2])
     convolved = _convolve(rows, weight, bias)
     if row is not None:
         grad = zero_tail_(grad.clone(), cu_seqlens)

@@ -58,6 +58,26 @@ from h_net_dynamic_chunking.ops.ssd import (
 )
 
 
+class Mamba2Sizes(NamedTuple):
+    """What stands side by side in wide rows, and how to take it apart."""
+
+    d_inner: int
+    d_state: int
+    heads: int
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices (..., d_inner), (..., d_inner + 2 d_state), (..., heads): gate, conv_in, raw."""
+        d_inner, d_state, heads = self
+        gate, conv_in, raw = torch.split(projected, [d_inner, d_inner + 2 * d_state, heads], dim=-1)
+        return gate, conv_in, raw
+
+    def split_conv(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices (..., heads, head_dim), (..., d_state), (..., d_state): x, B, C."""
+        d_inner, d_state, heads = self
+        x, B, C = torch.split(convolved, [d_inner, d_state, d_state], dim=-1)
+        return x.view(*x.shape[:-1], heads, d_inner // heads), B, C
+
+
 class Mamba2Parameters(NamedTuple):
     """Those between the projections; shapes in the contract at the top of this file."""
 
@@ -69,22 +89,9 @@ class Mamba2Parameters(NamedTuple):
     norm_weight: Tensor
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """d_inner, d_state, heads."""
+    def sizes(self) -> Mamba2Sizes:
         d_inner = len(self.norm_weight)
-        return d_inner, (len(self.conv_bias) - d_inner) // 2, len(self.A_log)
-
-    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Slices (..., d_inner), (..., d_inner + 2 d_state), (..., heads): gate, conv_in, raw."""
-        d_inner, d_state, heads = self.sizes
-        gate, conv_in, raw = torch.split(projected, [d_inner, d_inner + 2 * d_state, heads], dim=-1)
-        return gate, conv_in, raw
-
-    def split_conv(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Slices (..., heads, head_dim), (..., d_state), (..., d_state): x, B, C."""
-        d_inner, d_state, heads = self.sizes
-        x, B, C = torch.split(convolved, [d_inner, d_state, d_state], dim=-1)
-        return x.view(*x.shape[:-1], heads, d_inner // heads), B, C
+        return Mamba2Sizes(d_inner, (len(self.conv_bias) - d_inner) // 2, len(self.A_log))
 
 
 def mamba2_inner(
@@ -181,9 +188,9 @@ def _mamba2_inner(
         if projected.dtype == torch.float32:
             states = _new_states(projected, parameters)
         return out.view(shape), y.view(shape), convolved.view(*shape[:-1], -1), states
-    gate, conv_in, raw = parameters.split(projected)
+    gate, conv_in, raw = parameters.sizes.split(projected)
     convolved = _causal_conv(conv_in, conv_weight, conv_bias, cu_seqlens)
-    x, B, C = parameters.split_conv(convolved)
+    x, B, C = parameters.sizes.split_conv(convolved)
     dt = F.softplus(_steps(raw, dt_bias, cu_seqlens))
     y = _ssd(x, dt, _decay_rates(A_log), B, C, D, cu_seqlens, chunk_size).flatten(-2)
     out = _gated_norm(y, gate, norm_weight, eps, cu_seqlens)
@@ -290,9 +297,9 @@ def _backward_by_parts(
     convolved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
-    gate, conv_in, raw = parameters.split(projected)
+    gate, conv_in, raw = parameters.sizes.split(projected)
     grad_y, grad_gate, grad_norm = _gated_norm_backward(grad, y, gate, norm_weight, eps, cu_seqlens)
-    x, B, C = parameters.split_conv(convolved)
+    x, B, C = parameters.sizes.split_conv(convolved)
     steps, A = _steps(raw, dt_bias, cu_seqlens), _decay_rates(A_log)
     grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = _ssd_backward(
         grad_y.view(x.shape), x, F.softplus(steps), A, B, C, D, cu_seqlens, chunk_size

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.ops.packing import autocast_dtype
+from h_net_dynamic_chunking.ops.plain import is_plain
 from h_net_dynamic_chunking.ops.registration import PLAIN, is_watched
 
 
@@ -24,17 +25,10 @@ def shared_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 def _is_plain(x: Tensor, linear: nn.Linear) -> bool:
     """Whether the layer is a product and nothing else, in the dtype of x."""
-    if type(linear) is not nn.Linear or linear.bias is not None:
-        return False
-    hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
-    )
     return (
-        x.dtype == (autocast_dtype(x) or linear.weight.dtype)
-        and not any(hooks)
+        is_plain(linear, nn.Linear)
+        and linear.bias is None
+        and x.dtype == (autocast_dtype(x) or linear.weight.dtype)
         and type(x) in PLAIN
         and type(linear.weight) in PLAIN
         and not torch.compiler.is_compiling()

@@ -1,6 +1,7 @@
 """The Mamba-2 layer around `ops.mamba2`."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -127,3 +128,59 @@ def test_bad_inputs() -> None:
         ValueError, match=r"x must have shape \(batch, length, 32\), got \(2, 5, 31\)"
     ):
         Mamba2(32, head_dim=16)(torch.randn(2, 5, 31))
+
+
+def _norm_replaced(mixer: Mamba2) -> None:
+    mixer.norm = torch.nn.LayerNorm(64, dtype=torch.float64)  # type: ignore[assignment]
+    mixer.norm.bias.data.normal_()
+
+
+def _convolution_normed(mixer: Mamba2) -> None:
+    torch.nn.utils.parametrizations.weight_norm(mixer.conv1d)
+    mixer.conv1d.parametrizations.weight.original0.data.mul_(2)  # type: ignore[index, union-attr]
+
+
+def _convolution_without_bias(mixer: Mamba2) -> None:
+    mixer.conv1d.bias = None
+
+
+def _forward_replaced(mixer: Mamba2) -> None:
+    mixer.norm.forward = lambda x: 2 * x  # type: ignore[method-assign]
+
+
+CHANGES = [_norm_replaced, _convolution_normed, _convolution_without_bias, _forward_replaced]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_parts_are_called(change: Callable[[Mamba2], None]) -> None:
+    """Padded, packed with a tail of NaN and step by step: one layer, and not the unchanged one."""
+    torch.manual_seed(0)
+    mixer = Mamba2(32, d_state=8, head_dim=16).double()
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    before = mixer(x)
+    change(mixer)
+    padded = mixer(x)
+    assert (padded - before).abs().max() > 1e-3
+    cache = mixer.allocate_inference_cache(2, 5)
+    steps = torch.stack([mixer.step(x[:, t], cache) for t in range(5)], dim=1)
+    torch.testing.assert_close(padded, steps)
+    tail = torch.full((2, 32), torch.nan, dtype=torch.float64)
+    packed = mixer(torch.cat([x[0], x[1], tail]), torch.tensor([0, 5, 5, 10]))
+    torch.testing.assert_close(packed[:10], padded.flatten(0, 1))
+    assert not packed[10:].any()
+    assert mixer(x[:, :0]).shape == (2, 0, 32)
+
+
+def test_hooks_on_the_parts_are_called_and_change_nothing() -> None:
+    mixer, seen = Mamba2(32, d_state=8, head_dim=16).double(), []
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    x.requires_grad_()
+    plain = mixer(x)
+    for part in (mixer.conv1d, mixer.norm):
+        part.register_forward_hook(lambda module, *_: seen.append(module))
+    watched = mixer(x)
+    assert seen == [mixer.conv1d, mixer.norm]
+    torch.testing.assert_close(watched, plain)
+    inputs = [x, *mixer.parameters()]
+    got, want = (torch.autograd.grad(out.sin().sum(), inputs) for out in (watched, plain))
+    torch.testing.assert_close(got, want)

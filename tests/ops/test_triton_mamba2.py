@@ -130,9 +130,9 @@ def test_kept_states(lens: list[int]) -> None:
         *_, convolved, got = torch.ops.h_net.mamba2_inner(projected, *parameters, *arguments)
     named = Mamba2Parameters(*parameters)
     assert got.shape == mamba2._new_states(projected, named).shape
-    x, B, _ = named.split_conv(convolved)
+    x, B, _ = named.sizes.split_conv(convolved)
     dt = torch.nn.functional.softplus(
-        mamba2._steps(named.split(projected)[2], named.dt_bias, cu_seqlens)
+        mamba2._steps(named.sizes.split(projected)[2], named.dt_bias, cu_seqlens)
     )
     want = mamba2._entering_states(x, dt, mamba2._decay_rates(named.A_log), B, cu_seqlens)
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)

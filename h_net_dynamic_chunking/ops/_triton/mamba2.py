@@ -33,11 +33,11 @@ def mamba2_fwd(
     rows:       sequences of one length, if all are; None for any others
     """
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
-    gate, conv_in, raw = parameters.split(projected)
+    gate, conv_in, raw = parameters.sizes.split(projected)
     ids = sequence_ids(cu_seqlens, len(projected))
     convolved = conv_fwd(conv_in, conv_weight, conv_bias, *ids)
     dt = time_step_fwd(raw, dt_bias, cu_seqlens)
-    x, B, C = parameters.split_conv(convolved)
+    x, B, C = parameters.sizes.split_conv(convolved)
     division = _division(x, cu_seqlens, rows)
     y, states = ssd_fwd(x, dt, -A_log.float().exp(), B, C, D, *division)
     y = y.flatten(1)
@@ -56,17 +56,17 @@ def mamba2_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Write the gradient of the projected rows; return those of the parameters, in their order."""
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
-    gate, conv_in, raw = parameters.split(projected)
-    grad_gate, grad_conv_in, grad_raw = parameters.split(grad_projected)
+    gate, conv_in, raw = parameters.sizes.split(projected)
+    grad_gate, grad_conv_in, grad_raw = parameters.sizes.split(grad_projected)
     y, convolved = kept.y.view(grad.shape), kept.convolved.view(conv_in.shape)
     grad_y, grad_norm = gated_norm_bwd(grad, y, gate, norm_weight, eps, cu_seqlens, grad_gate)
 
     # Cheap to have again.
     ids = sequence_ids(cu_seqlens, len(projected))
     dt, A = time_step_fwd(raw, dt_bias, cu_seqlens), -A_log.float().exp()
-    x, B, C = parameters.split_conv(convolved)
+    x, B, C = parameters.sizes.split_conv(convolved)
     grad_convolved, grad_dt = torch.empty_like(convolved), torch.empty_like(dt)
-    grad_x, grad_B, grad_C = parameters.split_conv(grad_convolved)
+    grad_x, grad_B, grad_C = parameters.sizes.split_conv(grad_convolved)
     cu, count = _division(x, cu_seqlens, rows)
     grad_A, grad_D = ssd_bwd(
         grad_y.view(x.shape),
