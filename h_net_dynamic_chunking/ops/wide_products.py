@@ -11,13 +11,10 @@ as exact, but over the positions of a batch, which the gradient of the weight su
 65536 terms the error was 20 times that of float32 (H200). So a float32 one is summed in pieces.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype, autocast_dtype
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 # Terms that tensor cores add up.
 _PIECE = 4096
@@ -46,37 +43,35 @@ def product(
     bias: Tensor | None = None,
     rounded_to: torch.dtype = torch.float32,
 ) -> Tensor:
-    """y, without autograd; as exact as it must be to be rounded to that dtype."""
-    with _without_autocast(x):
-        if not splits(x, weight):
-            dtype = accumulation_dtype(x.dtype)
-            bias = None if bias is None else bias.to(dtype)
-            return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
-        # The small parts first, so that the large one is added to less rounding.
-        y = None
-        for part in reversed(_parts(weight, 2 if rounded_to.itemsize == 2 else 3)):
-            y = _multiply(x, part.t(), y)
-        assert y is not None
-        return y if bias is None else y.add_(bias)
+    """y, without autograd, inside an operation; as exact as must be to be rounded to that dtype."""
+    if not splits(x, weight):
+        dtype = accumulation_dtype(x.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+    # The small parts first, so that the large one is added to less rounding.
+    y = None
+    for part in reversed(_parts(weight, 2 if rounded_to.itemsize == 2 else 3)):
+        y = _multiply(x, part.t(), y)
+    assert y is not None
+    return y if bias is None else y.add_(bias)
 
 
 def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, of the weight, and of a bias in the dtype of the weight; without autograd."""
+    """Of x, of the weight, and of a bias in the dtype of the weight; as `product`."""
     dtype = accumulation_dtype(x.dtype)
     grad_bias = grad.sum(0, dtype=dtype).to(weight.dtype)
-    with _without_autocast(x):
-        if not splits(grad, x) or not splits(x, weight):
-            wide = grad.to(dtype)
-            grad_weight = wide.t() @ x.to(dtype)
-            return (wide @ weight.to(dtype)).to(x.dtype), grad_weight.to(weight.dtype), grad_bias
-        high, *low = _parts(weight, 2)
-        if low:
-            grad_x = torch.mm(grad, low[0])
-            torch.addmm(grad_x, grad, high, out=grad_x)
-        else:
-            grad_x = torch.mm(grad, high)
-        grad_weight = _sum_of_outer(grad, x) if low else _multiply(grad.t(), x).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias
+    if not splits(grad, x) or not splits(x, weight):
+        wide = grad.to(dtype)
+        grad_weight = wide.t() @ x.to(dtype)
+        return (wide @ weight.to(dtype)).to(x.dtype), grad_weight.to(weight.dtype), grad_bias
+    high, *low = _parts(weight, 2)
+    if low:
+        grad_x = torch.mm(grad, low[0])
+        torch.addmm(grad_x, grad, high, out=grad_x)
+    else:
+        grad_x = torch.mm(grad, high)
+    grad_weight = _sum_of_outer(grad, x) if low else _multiply(grad.t(), x).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 def _parts(weight: Tensor, most: int) -> list[Tensor]:
@@ -110,8 +105,3 @@ def _sum_of_outer(a: Tensor, b: Tensor) -> Tensor:
 def _multiply_batched(a: Tensor, b: Tensor) -> Tensor:
     """a b of batches of bfloat16 matrices, in float32."""
     return torch.bmm(a, b, out_dtype=torch.float32)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    off = autocast_dtype(x) is None
-    return nullcontext() if off else torch.autocast(x.device.type, enabled=False)

@@ -1,6 +1,7 @@
 """What registration promises of every operation, beside what opcheck looks at."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from h_net_dynamic_chunking.ops import (
     segment,
     use_backend,
 )
+from h_net_dynamic_chunking.ops.causal_conv import causal_conv
 from h_net_dynamic_chunking.ops.cross_entropy import summed_cross_entropy
 from h_net_dynamic_chunking.ops.embedding import embedding
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
 from h_net_dynamic_chunking.ops.rotary import rotary
+from h_net_dynamic_chunking.ops.ssd import ssd
 from h_net_dynamic_chunking.ops.swiglu import swiglu
 from tests.ops.triton_cases import DEVICE
 from tests.support import assert_close, boundaries, cumulative, probabilities, randn
@@ -107,3 +110,33 @@ def test_opcheck_of_what_has_no_tests_of_its_own() -> None:
     torch.library.opcheck(ops.ratio_loss_backward.default, backward)
     sizes = torch.tensor([4, 2], device=DEVICE)
     torch.library.opcheck(ops.trim.default, (SEGMENTATION.boundary_positions, sizes))
+
+
+def _forward_and_gradients(name: str, autocast: bool) -> list[Tensor]:
+    inputs = randn(7, 4, device=DEVICE), probabilities(7, device=DEVICE)
+    x, p = (i.detach().float().requires_grad_() for i in inputs)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        out = AUTOCAST[name](x, p)
+        return [out.detach(), *torch.autograd.grad(out.sum(), (x, p))]
+
+
+def _convolved(x: Tensor, p: Tensor) -> Tensor:
+    return causal_conv(x, x[:4, None, :3], x[0], CU_SEQLENS) * p[:, None]
+
+
+def _recurrence(x: Tensor, p: Tensor) -> Tensor:
+    return ssd(x[:, None], p[:, None], -p[:1], x, x, p[:1], CU_SEQLENS)
+
+
+AUTOCAST = {**DIFFERENTIABLE, "causal_conv": _convolved, "ssd": _recurrence}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+@pytest.mark.parametrize("watched", [False, True])
+def test_autocast_changes_nothing_inside(name: str, watched: bool) -> None:
+    """Forward and, inside it too, backward; past torch's dispatcher and through it."""
+    with Seen() if watched else nullcontext():
+        plain, cast = (_forward_and_gradients(name, autocast) for autocast in (False, True))
+    for got, want in zip(cast, plain, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
