@@ -79,7 +79,7 @@ def _gated_norm(
     wide = _wide(y, weight)
     gated = F.silu(z.to(wide)).mul_(y)
     out = F.rms_norm(gated, weight.shape, weight.to(wide), eps).to(y.dtype)
-    return zero_tail_(out, cu_seqlens)
+    return zero_tail_(out.contiguous(), cu_seqlens)
 
 
 @_gated_norm.register_fake
@@ -112,9 +112,10 @@ def _gated_norm_backward(
     grad_gated = weighted.addcmul_(normed, along, value=-1).mul_(scale)
     grad_weight = zero_tail_(normed.mul_(grad), cu_seqlens).flatten(0, -2).sum(0)
     grad_z = torch.ops.aten.silu_backward(grad_gated * y, wide_z)
-    grad_y, grad_z = silu.mul_(grad_gated).to(y.dtype), grad_z.to(y.dtype)
-    zeroed = zero_tail_(grad_y, cu_seqlens), zero_tail_(grad_z, cu_seqlens)
-    return *zeroed, grad_weight.to(weight.dtype)
+    # Contiguous, as registered, where y is not.
+    gradients = (g.to(y.dtype).contiguous() for g in (silu.mul_(grad_gated), grad_z))
+    grad_y, grad_z = (zero_tail_(g, cu_seqlens) for g in gradients)
+    return grad_y, grad_z, grad_weight.to(weight.dtype)
 
 
 @_gated_norm_backward.register_fake

@@ -99,3 +99,14 @@ def test_bad_inputs() -> None:
         gated_norm(y, z.float(), weight, torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"weight must have shape \(5,\)"):
         gated_norm(y, z, weight[:4], torch.tensor([0, 4]))
+
+
+def test_results_are_contiguous_whatever_y_is() -> None:
+    """As registered, which torch.compile relies on."""
+    y = randn(3, 2, 4).transpose(0, 1)
+    z, weight = randn(2, 3, 4, seed=1), randn(4, seed=2)
+    ops = torch.ops.h_net
+    assert ops.gated_norm(y, z, weight, 1e-5, None).is_contiguous()
+    arguments = [t.detach() for t in (y.sin(), y, y.cos(), weight)]
+    torch.library.opcheck(ops.gated_norm_backward.default, (*arguments, 1e-5, None))
+    assert all(g.is_contiguous() for g in ops.gated_norm_backward(*arguments, 1e-5, None))
