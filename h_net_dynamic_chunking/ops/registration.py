@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # torch's own signatures in this module carry no types.
 _LIBRARY: Any = torch.library.Library("h_net", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -36,7 +37,11 @@ class Operation:
         wants_grad = torch.is_grad_enabled()
         if wants_grad and self._refuses:
             return _Refusing.apply(self._name, self._overload, *arguments)  # type: ignore[no-untyped-call]  # torch's
-        if torch.compiler.is_compiling() or is_watched():
+        if torch.compiler.is_compiling():
+            return self._overload(*arguments)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise NotImplementedError(f"{self._name} has no forward-mode derivative")
+        if is_watched():
             return self._overload(*arguments)
         needs_grad = False
         for argument in arguments:
@@ -81,6 +86,17 @@ class Operation:
         the call.
         """
         self._refuses = True
+
+
+def _has_tangent(argument: Any) -> bool:
+    """Whether forward-mode differentiation comes by it; torch would take the tangent for zero."""
+    if not isinstance(argument, Tensor) or not argument.is_floating_point():
+        return False
+    # Which level of nested transforms holds the tangent is not looked for.
+    return bool(
+        torch._C._functorch.is_gradtrackingtensor(argument)
+        or forward_ad.unpack_dual(argument).tangent is not None  # type: ignore[no-untyped-call]  # torch's
+    )
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:

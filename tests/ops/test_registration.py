@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -140,3 +141,23 @@ def test_autocast_changes_nothing_inside(name: str, watched: bool) -> None:
     for got, want in zip(cast, plain, strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_forward_mode_derivative_is_refused_and_never_zero(name: str) -> None:
+    """Asked for by dual tensors, torch.func.jvp, or under another transform."""
+    x, p = (i.detach() for i in (randn(7, 4, device=DEVICE), probabilities(7, device=DEVICE)))
+    one = torch.ones((), dtype=x.dtype, device=DEVICE)
+
+    def run(t: Tensor) -> Tensor:
+        return DIFFERENTIABLE[name](t * x, t * p).sum()
+
+    refused = pytest.raises(NotImplementedError, match="has no forward-mode derivative")
+    with forward_ad.dual_level():
+        run(one)
+        with refused:
+            run(forward_ad.make_dual(one, one))
+    with refused:
+        torch.func.jvp(run, (one,), (one,))
+    with refused:
+        torch.func.hessian(run)(one)
