@@ -115,12 +115,34 @@ def mamba2_inner(
         ValueError: shapes or dtypes off the contract.
     """
     check_packed_or_padded("projected", projected, cu_seqlens)
+    _check_parameters(parameters)
     d_inner, d_state, heads = parameters.sizes
     width = 2 * d_inner + 2 * d_state + heads
     if projected.shape[-1] != width:
         raise ValueError(f"projected must have {width} channels, got {projected.shape[-1]}")
     out: Tensor = _mamba2_inner(projected, *parameters, eps, cu_seqlens, chunk_size)[0]
     return out
+
+
+def _check_parameters(parameters: Mamba2Parameters) -> None:
+    """Raise ValueError, with the name of the one to blame, unless they fit each other."""
+    for name in ("conv_bias", "A_log", "norm_weight"):
+        shape = getattr(parameters, name).shape
+        if len(shape) != 1:
+            raise ValueError(f"{name} must have one dimension, got {tuple(shape)}")
+    d_inner, d_state, heads = parameters.sizes
+    channels = len(parameters.conv_bias)
+    if d_state < 1 or channels != d_inner + 2 * d_state:
+        raise ValueError(f"conv_bias must have {d_inner} + 2 d_state entries, got {channels}")
+    if heads < 1 or d_inner % heads:
+        raise ValueError(f"A_log must have as many entries as divide {d_inner}, got {heads}")
+    weight = tuple(parameters.conv_weight.shape)
+    if len(weight) != 3 or weight[:2] != (channels, 1) or weight[2] < 1:
+        raise ValueError(f"conv_weight must have shape ({channels}, 1, taps), got {weight}")
+    for name in ("dt_bias", "D"):
+        shape = getattr(parameters, name).shape
+        if shape != (heads,):
+            raise ValueError(f"{name} must have shape ({heads},), got {tuple(shape)}")
 
 
 def _sizes_fit(parameters: Mamba2Parameters) -> bool:

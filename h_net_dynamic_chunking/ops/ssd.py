@@ -17,8 +17,6 @@ hold anything: it comes out as zeros and gets no gradient. Decays are accumulate
 and C may be slices of one wider buffer. The kernels take what `why_no_kernels` lets through.
 """
 
-import logging
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +30,6 @@ from h_net_dynamic_chunking.ops.packing import (
     sequence_of_position,
 )
 from h_net_dynamic_chunking.ops.registration import operation
-
-_logger = logging.getLogger(__name__)
 
 # Forward and backward of the torch path in ms of CPU time, float32, one thread of a busy AMD EPYC,
 # torch 2.13, best of 5, chunks of 32 / 64 / 128. Short chunks waste less of the triangle, best for
@@ -139,19 +135,7 @@ def why_no_kernels(head_dim: int, d_state: int) -> str | None:
 
 
 def _runs_on_triton(x: Tensor, dt: Tensor, B: Tensor) -> bool:
-    if not (uses_triton(x) and uses_triton(dt)):
-        return False
-    reason = why_no_kernels(x.shape[-1], B.shape[-1])
-    if reason is not None and chosen_backend() == "triton":
-        raise ValueError(f"backend 'triton' cannot run here: {reason}")
-    if reason is not None:
-        _log_once(reason)
-    return reason is None
-
-
-@cache
-def _log_once(reason: str) -> None:
-    _logger.warning("torch operations in place of Triton kernels: %s", reason)
+    return uses_triton(x, unfit=why_no_kernels(x.shape[-1], B.shape[-1])) and uses_triton(dt)
 
 
 def _flat(packed: bool, *tensors: Tensor) -> list[Tensor]:
@@ -338,16 +322,21 @@ def _check(
         wanted = "(batch, length, heads, head_dim)" if ndim == 4 else "(total, heads, head_dim)"
         raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
     *positions, heads, _ = x.shape
+    # Of no dimensions B is off its shape, whatever that is.
+    d_state = B.shape[-1] if B.ndim else 1
     shapes = {
         "dt": (dt, (*positions, heads)),
         "A": (A, (heads,)),
-        "B": (B, (*positions, B.shape[-1])),
-        "C": (C, (*positions, B.shape[-1])),
+        "B": (B, (*positions, d_state)),
+        "C": (C, (*positions, d_state)),
         "D": (D, (heads,)),
     }
     for name, (tensor, shape) in shapes.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    for name, tensor in (("x", x), ("dt", dt), ("A", A), ("D", D)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
     for name, tensor in (("B", B), ("C", C)):
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name} must be {x.dtype}, as x is, got {tensor.dtype}")

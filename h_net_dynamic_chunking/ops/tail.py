@@ -22,10 +22,15 @@ from h_net_dynamic_chunking.ops.registration import operation
 def zero_tail(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """A copy of x with zeros in the tail; the contract is at the top of this file.
 
+    Raises:
+        ValueError: x of no dimension, or cu_seqlens off the contract.
+
     >>> import torch
     >>> zero_tail(torch.ones(3, 1), torch.tensor([0, 2])).flatten()
     tensor([1., 1., 0.])
     """
+    if x.ndim < 1:
+        raise ValueError("x must have shape (total, ...), got ()")
     check_cu_seqlens(cu_seqlens)
     out: Tensor = _zero_tail(x, cu_seqlens)
     return out

@@ -126,3 +126,26 @@ def test_bad_inputs() -> None:
         inner(projected[None], *parameters, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="projected must have 22 channels, got 21"):
         inner(projected[:, 1:], *parameters, cu_seqlens=torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (
+            "conv_weight",
+            (14, 2, 3),
+            r"conv_weight must have shape \(14, 1, taps\), got \(14, 2, 3\)",
+        ),
+        ("conv_bias", (14, 1), r"conv_bias must have one dimension, got \(14, 1\)"),
+        ("conv_bias", (13,), r"conv_bias must have 6 \+ 2 d_state entries, got 13"),
+        ("dt_bias", (1,), r"dt_bias must have shape \(2,\), got \(1,\)"),
+        ("A_log", (4,), r"A_log must have as many entries as divide 6, got 4"),
+        ("D", (3,), r"D must have shape \(2,\), got \(3,\)"),
+        ("norm_weight", (), r"norm_weight must have one dimension, got \(\)"),
+    ],
+)
+def test_parameters_that_do_not_fit(name: str, shape: tuple[int, ...], message: str) -> None:
+    projected, *parameters = mamba2_inputs(5)
+    wrong = Mamba2Parameters(*parameters)._replace(**{name: torch.ones(shape)})
+    with pytest.raises(ValueError, match=message):
+        mamba2_inner(projected, wrong, torch.tensor([0, 5]))

@@ -182,6 +182,15 @@ def test_bad_inputs() -> None:
         ssd(x, dt, A, B, C[..., :-1], D)
     with pytest.raises(ValueError, match=r"C must be torch.float64, as x is, got torch.float32"):
         ssd(x, dt, A, B, C.float(), D)
+    with pytest.raises(ValueError, match=r"B must have shape \(2, 3, 1\), got \(\)"):
+        ssd(x, dt, A, torch.tensor(1.0), C, D)
+    for name, integers in (
+        ("dt", (dt.long(), A, D)),
+        ("A", (dt, A.long(), D)),
+        ("D", (dt, A, D.long())),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be floating-point, got torch.int64"):
+            ssd(x, *integers[:2], B, C, integers[2])
     with pytest.raises(
         ValueError, match=r"x must be \(total, heads, head_dim\), got \(2, 3, 3, 4\)"
     ):

@@ -34,5 +34,7 @@ def test_gradcheck_opcheck_and_compile() -> None:
 
 
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"x must have shape \(total, \.\.\.\), got \(\)"):
+        zero_tail(torch.ones(()), torch.tensor([0]))
     with pytest.raises(ValueError, match="cu_seqlens must be int32 or int64"):
         zero_tail(torch.ones(3), torch.tensor([0.0, 3.0]))
