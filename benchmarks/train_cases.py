@@ -5,8 +5,9 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,7 +213,27 @@ def seconds_of_products(case: Case) -> float:
     return case.flops / PRODUCTS
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(_lines(header, rows))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The same, each row as soon as it has come: what runs out of time has shown what it had."""
+    for line in _lines(header, rows):
+        print(line, flush=True)
+
+
+def _lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    for cells in itertools.chain((header, ["---"] * len(header)), rows):
+        yield "| " + " | ".join(cells) + " |"
+
+
+def picture(figures: Path) -> None:
+    """Draw the figures of a file beside it, if matplotlib is there."""
+    try:
+        from train_pictures import draw
+    except ImportError as error:
+        print(f"no picture ({error}): pip install matplotlib")
+        return
+    draw(figures)

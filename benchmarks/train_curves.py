@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from train_cases import DEVICE, free, table
+from train_cases import DEVICE, free, picture, table
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM, use_backend
 from h_net_dynamic_chunking.ops.backend import Backend
@@ -65,6 +65,7 @@ def main() -> None:
     corpus, _ = open_corpus(arguments.data, Path("data"))
     content = corpus.split().training.to(DEVICE)
     curves: dict[str, list[list[float]]] = {}
+    kept = (arguments.out or Path()) / "train_curves.json"
     for variant in variants:
         start = time.perf_counter()
         curves[str(variant)] = [
@@ -73,9 +74,12 @@ def main() -> None:
         ms = 1e3 * (time.perf_counter() - start) / (arguments.seeds * arguments.steps)
         print(f"{variant}: {ms:.1f} ms a step, with what comes before the first", flush=True)
         free()
+        if arguments.out is not None:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(curves) + "\n")
     print("\n" + report(curves))
     if arguments.out is not None:
-        keep(arguments.out, curves)
+        picture(kept)
 
 
 def train(
@@ -134,18 +138,6 @@ def report(curves: dict[str, list[list[float]]]) -> str:
             row.append(f"{statistics.fmean(off):+.4f}, {max(off, key=abs):+.4f}")
         rows.append(row)
     return table(header, rows)
-
-
-def keep(folder: Path, curves: dict[str, list[list[float]]]) -> None:
-    """Write the figures, and a picture of them if matplotlib is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train_curves.json").write_text(json.dumps(curves) + "\n")
-    try:
-        from train_pictures import draw
-    except ImportError as error:
-        print(f"no picture ({error}): pip install matplotlib")
-        return
-    draw(folder / "train_curves.json")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -41,9 +41,10 @@ from train_cases import (
     isotropic,
     measure,
     of_length,
+    picture,
+    print_table,
     published,
     seconds_of_products,
-    table,
 )
 
 from h_net_dynamic_chunking import HNetConfig, HNetLM
@@ -100,7 +101,13 @@ def cost_of_training(case: Case, **options: Any) -> Cost:
 
 
 def step(arguments: argparse.Namespace) -> None:
-    rows = []
+    header = ["model", "forward, ms", "+ backward, ms", "bytes/s", "peak GB"]
+    header += ["+ optimizer, ms", "bytes/s", "peak GB", "host, ms", "products, ms"]
+    header += ["official, ms (times ours)", "official GB"]
+    print_table(header, steps(arguments))
+
+
+def steps(arguments: argparse.Namespace) -> Iterator[list[str]]:
     for name, padded in product(arguments.models.split(","), (False, True)):
         case = replace(published(name, arguments.quick), padded=padded)
         trainer = Trainer(case, DTYPE)
@@ -108,23 +115,18 @@ def step(arguments: argparse.Namespace) -> None:
         both = measure(trainer.forward_backward)
         trained = measure(trainer.step)
         floor, (ms, peak) = 1e3 * seconds_of_products(case), OFFICIAL.get(name, (math.nan,) * 2)
-        rows.append(
-            [
-                f"{name}, {'padded' if padded else 'packed'}",
-                f"{forward.ms:.1f}",
-                *show(both, case),
-                *show(trained, case),
-                f"{both.host_ms:.0f}",
-                f"{floor:.0f}",
-                f"{ms} ({ms / both.ms:.2f})",
-                f"{peak}",
-            ]
-        )
+        yield [
+            f"{name}, {'padded' if padded else 'packed'}",
+            f"{forward.ms:.1f}",
+            *show(both, case),
+            *show(trained, case),
+            f"{both.host_ms:.0f}",
+            f"{floor:.0f}",
+            f"{ms} ({ms / both.ms:.2f})",
+            f"{peak}",
+        ]
         del trainer
         free()
-    header = ["model", "forward, ms", "+ backward, ms", "bytes/s", "peak GB"]
-    header += ["+ optimizer, ms", "bytes/s", "peak GB", "host, ms", "products, ms"]
-    print(table([*header, "official, ms (times ours)", "official GB"], rows))
 
 
 def profile(arguments: argparse.Namespace) -> None:
@@ -137,14 +139,17 @@ def isotropics(arguments: argparse.Namespace) -> None:
     ours = published("hnet_1stage_L", arguments.quick)
     width = 64 if arguments.quick else 1024
     cases = [ours, isotropic("T", ours, width), isotropic("m", ours, width)]
-    rows, first = [], math.nan
-    for case in cases:
-        cost = cost_of_training(case)
-        first = cost.ms if case is ours else first
-        gflops = case.flops / case.total / 3e9
-        rows.append([case.name, f"{gflops:.3f}", *show(cost, case), f"{first / cost.ms:.2f}"])
+
+    def rows() -> Iterator[list[str]]:
+        first = math.nan
+        for case in cases:
+            cost = cost_of_training(case)
+            first = cost.ms if case is ours else first
+            gflops = case.flops / case.total / 3e9
+            yield [case.name, f"{gflops:.3f}", *show(cost, case), f"{first / cost.ms:.2f}"]
+
     header = ["model", "GFLOP a byte", "forward + backward, ms", "bytes/s", "peak GB"]
-    print(table([*header, "H-Net's time over it"], rows))
+    print_table([*header, "H-Net's time over it"], rows())
 
 
 def length(arguments: argparse.Namespace) -> None:
@@ -152,20 +157,29 @@ def length(arguments: argparse.Namespace) -> None:
     width, total = (64, 128) if arguments.quick else (1024, 65536)
     transformer = isotropic("T", of_length(ours, 8192, total), width, window=-1)
     lengths = (32, 64) if arguments.quick else [1024 << power for power in range(8)]
-    rows = []
-    for count in lengths:
-        for model in (ours, transformer):
-            case = of_length(model, count, total)
-            rows.append(figures(case, count))
-    print(table(list(rows[0]), [list(row.values()) for row in map(as_text, rows)]))
-    keep(arguments.out, "length", rows)
+    cases = product(lengths, (ours, transformer))
+    measured = ((of_length(model, count, total), count) for count, model in cases)
+    print_and_keep(arguments.out, "length", measured)
 
 
 def depth(arguments: argparse.Namespace) -> None:
-    cases = [binary_tree(stages, arguments.quick) for stages in range(1, 5)]
-    rows = [figures(case, len(case.every)) for case in cases]
-    print(table(list(rows[0]), [list(row.values()) for row in map(as_text, rows)]))
-    keep(arguments.out, "depth", rows)
+    cases = (binary_tree(stages, arguments.quick) for stages in range(1, 5))
+    print_and_keep(arguments.out, "depth", ((case, len(case.every)) for case in cases))
+
+
+def print_and_keep(folder: Path | None, name: str, cases: Iterable[tuple[Case, int]]) -> None:
+    """A row for each case, beside its key; all that were measured are kept after each."""
+    found: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[list[str]]:
+        for case, key in cases:
+            found.append(figures(case, key))
+            yield list(as_text(found[-1]).values())
+            keep(folder, name, found)
+
+    print_table(["model", "of", "bytes", "us a byte", "of products", "bytes/s", "peak GB"], rows())
+    if folder is not None:
+        picture(folder / f"train_{name}.json")
 
 
 def figures(case: Case, key: int) -> dict[str, Any]:
@@ -194,21 +208,19 @@ def as_text(row: dict[str, Any]) -> dict[str, str]:
 
 
 def keep(folder: Path | None, name: str, rows: list[dict[str, Any]]) -> None:
-    """Write the figures, and a picture of them if matplotlib is there."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"train_{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    try:
-        from train_pictures import draw
-    except ImportError as error:
-        print(f"no picture ({error}): pip install matplotlib")
-        return
-    draw(folder / f"train_{name}.json")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"train_{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def small(arguments: argparse.Namespace) -> None:
-    config, rows = HNetConfig.preset("hnet_1stage_S"), []
+    config = HNetConfig.preset("hnet_1stage_S")
+    print(f"{HNetLM(config).num_parameters() / 1e6:.1f} million parameters\n")
+    header = ["batch", "step, ms", "bytes/s", "peak GB", "host, ms"]
+    print_table(header, small_steps(config, arguments))
+
+
+def small_steps(config: HNetConfig, arguments: argparse.Namespace) -> Iterator[list[str]]:
     for batch, count in ((2, 32),) if arguments.quick else ((16, 1024), (64, 1024), (8, 8192)):
         case = Case(f"{batch} x {count}", config, (count,) * batch, (5,), padded=True)
         for graphed in (False, True):
@@ -216,11 +228,9 @@ def small(arguments: argparse.Namespace) -> None:
             step = GraphedStep(trainer.losses_of, trainer.optimizer, graphed=graphed)
             cost = measure(partial(step, trainer.ids, trainer.labels), warm_up=5)
             name = f"{case.name}, {'one graph' if graphed else 'eager'}"
-            rows.append([name, *show(cost, case), f"{cost.host_ms:.1f}"])
+            yield [name, *show(cost, case), f"{cost.host_ms:.1f}"]
             del trainer, step
             free()
-    print(f"{HNetLM(config).num_parameters() / 1e6:.1f} million parameters\n")
-    print(table(["batch", "step, ms", "bytes/s", "peak GB", "host, ms"], rows))
 
 
 def checkpointing(arguments: argparse.Namespace) -> None:
@@ -231,7 +241,7 @@ def checkpointing(arguments: argparse.Namespace) -> None:
         for chosen in (False, True)
     ]
     header = [f"{case.name}, activation checkpointing", "forward + backward, ms", "bytes/s"]
-    print(table([*header, "peak GB"], rows))
+    print_table([*header, "peak GB"], rows)
 
 
 def optimizer(arguments: argparse.Namespace) -> None:
@@ -245,7 +255,7 @@ def optimizer(arguments: argparse.Namespace) -> None:
         cost = measure(call)
         floor = 1e3 * passes * moved / COPY
         rows.append([name, f"{cost.ms:.2f}", f"{floor:.2f}", f"{cost.host_ms:.2f}"])
-    print(table([f"{trainer.case.name}", "ms", "floor, ms", "host, ms"], rows))
+    print_table([f"{trainer.case.name}", "ms", "floor, ms", "host, ms"], rows)
 
 
 def compiled(arguments: argparse.Namespace) -> None:
@@ -267,7 +277,7 @@ def compiled(arguments: argparse.Namespace) -> None:
             del trainer
             free()
     header = [case.name, "forward + backward, ms", "bytes/s", "peak GB", "first call, s"]
-    print(table(header, rows))
+    print_table(header, rows)
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
