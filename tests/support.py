@@ -87,12 +87,9 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def assert_within_low_precision_budget(got: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The error is at most twice that of plain low-precision arithmetic, against fp64.
-
-    By its norm: the largest of thousands of roundings is twice as large by chance alone.
-    """
-    error = (got.double() - exact).norm()
-    allowed = 2 * (plain.double() - exact).norm() + 1e-6
+    """The error is at most twice that of plain low-precision arithmetic, against fp64."""
+    error = (got.double() - exact).abs().max()
+    allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
