@@ -5,9 +5,7 @@ an optional window to the left. Positions are those of the sequence given: insid
 counts its own chunks. The work is done by torch's own kernels; which one, `CausalAttention` says.
 """
 
-import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -32,17 +30,18 @@ from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
 from h_net_dynamic_chunking.ops.rotary import rotary, rotate
 from h_net_dynamic_chunking.ops.tail import zero_tail
 
+# Of torch's attention over packed sequences: 2.10 has the argument is_causal in its place.
+_VARLEN_HAS_WINDOW = torch.__version__ >= "2.11"
 
-@cache
-def _varlen() -> tuple[Callable[..., Any], bool]:
-    """torch's attention over packed sequences, and whether it knows windows.
 
-    torch 2.10 has the argument is_causal, later versions have window_size instead. Imported at the
-    first use, because it takes a second that only a GPU gains from.
+def _varlen() -> Callable[..., Any]:
+    """torch's attention over packed sequences.
+
+    Imported at the first use, because it takes a second that only a GPU gains from.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn, "window_size" in inspect.signature(varlen_attn).parameters
+    return cast(Callable[..., Any], varlen_attn)
 
 
 class CausalAttention(nn.Module):
@@ -316,7 +315,7 @@ class CausalAttention(nn.Module):
             and q.shape[-1] % 8 == 0
             and q.shape[-1] <= 256
             and torch.cuda.get_device_capability(q.device) >= (8, 0)
-            and (self.window_size == -1 or _varlen()[1])
+            and (self.window_size == -1 or _VARLEN_HAS_WINDOW)
         )
 
     def _attend_varlen(
@@ -325,12 +324,11 @@ class CausalAttention(nn.Module):
         """Attention inside each packed sequence, its tail unwritten: (total, heads, head_dim)."""
         if max_seqlen is None:
             max_seqlen = longest(cu_seqlens)
-        varlen_attn, has_window = _varlen()
         causal: dict[str, Any] = {"is_causal": True}
-        if has_window:
+        if _VARLEN_HAS_WINDOW:
             causal = {"window_size": (self.window_size, 0)}
         ends = cu_seqlens.to(torch.int32)
-        mixed = varlen_attn(q, k, v, ends, ends, max_seqlen, max_seqlen, **causal)
+        mixed = _varlen()(q, k, v, ends, ends, max_seqlen, max_seqlen, **causal)
         return cast(Tensor, mixed)
 
     def _sees_all(self, length: int) -> bool:

@@ -115,8 +115,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts to on the device of x; None where it is off."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
+    # Of devices that have no autocast torch raises; whether they have, Dynamo of torch 2.11 cannot
+    # ask.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def row_tiles(x: Tensor) -> Iterator[slice]:

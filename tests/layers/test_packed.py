@@ -125,7 +125,8 @@ def test_varlen_attention(monkeypatch: pytest.MonkeyPatch, has_window: bool) -> 
         mixed = mixer._attend_one_by_one(q, k, v, ends)
         return torch.cat([mixed[:23], mixed[23:] * torch.nan])
 
-    monkeypatch.setattr(attention, "_varlen", lambda: (kernel, has_window))
+    monkeypatch.setattr(attention, "_varlen", lambda: kernel)
+    monkeypatch.setattr(attention, "_VARLEN_HAS_WINDOW", has_window)
     monkeypatch.setattr(CausalAttention, "_varlen_can_run", lambda self, q: True)
     assert_close("output", mixer(x, cumulative(lens)), want)
     causal = {"window_size": (3, 0)} if has_window else {"is_causal": True}

@@ -96,7 +96,7 @@ def test_modes_see_operations_and_nothing_else_changes(name: str) -> None:
 
 
 def test_subclasses_of_tensors_see_operations() -> None:
-    q = TwoTensor(*[randn(7, 4).detach().requires_grad_() for _ in range(2)])
+    q = TwoTensor(*[randn(7, 4, device=DEVICE).detach().requires_grad_() for _ in range(2)])
     p = boundary_probability_of_pairs(q, TwoTensor(CU_SEQLENS, CU_SEQLENS))
     assert type(p) is TwoTensor
     (grad,) = torch.autograd.grad(p.sum(), q)

@@ -336,5 +336,7 @@ def conv_bwd(
         num_warps=warps,
     )
     summed = partial.sum(0)
-    grad_weight = summed[:taps].mT.reshape(weight.shape)
-    return grad_weight.to(weight.dtype), summed[taps].to(bias.dtype)
+    # Copied, so that they are laid out as the parameters, and share no memory.
+    grad_weight, grad_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    grad_weight.view(channels, taps).copy_(summed[:taps].t())
+    return grad_weight, grad_bias.copy_(summed[taps])

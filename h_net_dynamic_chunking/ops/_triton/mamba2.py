@@ -89,7 +89,9 @@ def mamba2_bwd(
         grad_convolved, conv_in, conv_weight, conv_bias, *ids, grad_conv_in
     )
     grad_A_log = (grad_A * A).to(A_log.dtype)
-    return grad_weight, grad_bias, grad_dt_bias, grad_A_log, grad_D.to(D.dtype), grad_norm
+    # Not a part of what holds both sums.
+    grad_D = grad_D.to(D.dtype, copy=True)
+    return grad_weight, grad_bias, grad_dt_bias, grad_A_log, grad_D, grad_norm
 
 
 def _division(x: Tensor, cu_seqlens: Tensor, rows: int | None) -> tuple[Tensor | None, int]:
