@@ -5,8 +5,8 @@
 
 Trains a model of 9 million parameters from the same weights by the same batches, once for each seed
 and variant. What the variants differ by is to be much less than what seeds differ by. Text is the
-source of Python's standard library unless `--data` names a file; weights are float32, with autocast
-to bfloat16 on a GPU.
+source of Python's standard library unless `--data` names a file; weights are float32. All but the
+first variant, which the others are compared with, have autocast to bfloat16.
 """
 
 import argparse
@@ -37,13 +37,20 @@ WINDOW = 20  # steps that a figure is the mean of
 
 class Variant(NamedTuple):
     backend: Backend
+    dtype: torch.dtype
     graphed: bool
 
     def __str__(self) -> str:
-        return f"{self.backend}, {'graph' if self.graphed else 'eager'}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.backend}, {dtype}, {'graph' if self.graphed else 'eager'}"
 
 
-VARIANTS = (Variant("torch", True), Variant("auto", True), Variant("auto", False))
+VARIANTS = (
+    Variant("torch", torch.float32, True),
+    Variant("torch", torch.bfloat16, True),
+    Variant("auto", torch.bfloat16, True),
+    Variant("auto", torch.bfloat16, False),
+)
 
 
 def main() -> None:
@@ -99,7 +106,7 @@ def train(
     def losses_of(windows: Tensor) -> list[Tensor]:
         with (
             use_backend(variant.backend),
-            torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"),
+            torch.autocast(DEVICE, torch.bfloat16, enabled=variant.dtype == torch.bfloat16),
         ):
             out = model(windows[:, :-1], windows[:, 1:])
         assert out.loss is not None
