@@ -3,9 +3,10 @@
     python benchmarks/mamba2.py
     python benchmarks/mamba2.py --profile --mamba-ssm DIR --fla DIR
 
-ms are medians; the memory is what a forward and backward pass adds to weights, input and gradients,
-"kept" what of it waits for the backward pass. "x of" compares with what mamba-ssm 2.3.2 and
-causal-conv1d 1.6.2 took for their fused layer, packed, on an H200 with torch 2.11.0+cu130.
+ms are medians; the memory is what a forward and backward pass adds to weights and input, "kept"
+what of it waits for the backward pass. "x of" compares with what mamba-ssm 2.3.2 and causal-conv1d
+1.6.2 took for their fused layer, packed, on an H200 with torch 2.11.0+cu130. With `--mamba-ssm`
+that layer runs beside ours, with our convolution in it.
 
 The parts are timed at the sizes of width 1024. DIR is a folder that `pip install --no-deps
 --target DIR` made: fla-core for `chunk_simple_gla`, which is the same recurrence without D;
@@ -14,12 +15,12 @@ mamba-ssm for its Triton kernels, for which its source is enough, without what i
 
 import argparse
 import sys
-import types
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from mamba_ssm_layer import fused_layer, import_mamba_ssm
 from torch import Tensor
 
 from h_net_dynamic_chunking.layers import Mamba2
@@ -49,14 +50,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    print("width  positions  form     forward ms (x of)  + backward ms (x of)  peak GB  kept GB")
+    forms = ["packed", "no tail", "padded"]
+    if arguments.mamba_ssm:
+        import_mamba_ssm(arguments.mamba_ssm)
+        forms.append("mamba-ssm")
+    print("width  positions  form       forward ms (x of)  + backward ms (x of)  peak GB  kept GB")
     for size in LAYERS:
-        for form in ("packed", "no tail", "padded"):
+        for form in forms:
             time_layer(*size, form=form, profiled=arguments.profile)
     print("part, width 1024, 65536 positions     forward ms    + backward ms")
     time_parts()
     if arguments.mamba_ssm:
-        time_mamba_ssm(arguments.mamba_ssm)
+        time_mamba_ssm()
     if arguments.fla:
         time_fla(arguments.fla)
 
@@ -71,15 +76,20 @@ def time_layer(
     form: str,
     profiled: bool,
 ) -> None:
-    """`form`: packed, packed and known to have zeros behind the last sequence, or padded."""
+    """`form`: packed; the same, known to have nothing behind the last sequence; padded; or packed
+    by mamba-ssm."""
     layer = Mamba2(width).to("cuda", torch.bfloat16)
-    shape = (batch, total // batch, width) if form == "padded" else (total, width)
+    length = total // batch
+    shape = (batch, length, width) if form == "padded" else (total, width)
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x)
-    cu_seqlens = torch.arange(batch + 1, device="cuda") * (total // batch)
+    cu_seqlens = torch.arange(batch + 1, device="cuda") * length
     lengths = () if form == "padded" else (cu_seqlens, form == "no tail")
+    sequence = torch.arange(batch, device="cuda", dtype=torch.int32).repeat_interleave(length)
 
     def forward() -> Tensor:
+        if form == "mamba-ssm":
+            return fused_layer(layer, x[None], sequence[None])[0]
         out: Tensor = layer(x, *lengths)
         return out
 
@@ -91,7 +101,7 @@ def time_layer(
     ms = milliseconds(both)
     peak, kept = memory(forward, both)
     print(
-        f"{width:5d}  {total:9d}  {form:7s}  {forward_ms:9.3f} ({theirs_forward / forward_ms:4.2f})"
+        f"{width:5d}  {total:9d}  {form:9s}  {forward_ms:9.3f} ({theirs_forward / forward_ms:4.2f})"
         f"    {ms:12.3f} ({theirs / ms:4.2f})     {peak:7.2f}  {kept:7.2f}",
         flush=True,
     )
@@ -220,12 +230,8 @@ def time_parts() -> None:
     )
 
 
-def time_mamba_ssm(folder: str) -> None:
-    """Its Triton kernels; the package imports its compiled ones, which they do not use."""
-    sys.path.insert(0, folder)
-    package: Any = types.ModuleType("mamba_ssm")
-    package.__path__ = [f"{folder}/mamba_ssm"]
-    sys.modules["mamba_ssm"] = package
+def time_mamba_ssm() -> None:
+    """Its Triton kernels for two of the parts."""
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
