@@ -1,15 +1,32 @@
 """What the kernels and their launchers share."""
 
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-# Kernels as Triton compiled them, by everything that they were compiled for.
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+
+class _Compiled(NamedTuple):
+    """A kernel as Triton compiled it, and what `run` of it wants."""
+
+    kernel: Any
+    """Held, so that no other one has its id."""
+    launcher: Any
+    """Launches it with a grid, as Triton documents."""
+    run: Any
+    """What that ends in; None where it may be another thing."""
+    function: Any
+    metadata: Any
+
+
+# By everything that they were compiled for.
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+
+# In which `run` takes what `launch` gives it.
+_RUNS_DIRECTLY = (3, 5) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
@@ -64,9 +81,10 @@ def launch(
 ) -> None:
     """Launch a kernel, straight from what was compiled for such arguments if there is something.
 
-    Triton's own way there looks at every argument anew. With this, and with `ops.registration`, the
-    host took 32 us for boundary probability in place of 69, and 87 us for the three launches of
-    segmentation in place of 172 (H200 machine of benchmarks/RESULTS.md).
+    Triton's own way there looks at every argument anew, makes a record of the launch, and calls
+    hooks with it, which most often do nothing. To hold no device in the key and no kernel, whose
+    hash is made in Python, and to call `run` as it is, took a launch of 11 arguments from 8.5 us to
+    5.4, without the driver's part (CPU, Triton 3.9, a stub of what is compiled).
 
     Args:
         kernel: Its integers must not be specialised.
@@ -75,32 +93,64 @@ def launch(
         constants: Those that come after, in the kernel's order.
         num_warps: Warps of a program.
     """
-    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
-    key, passed = [kernel, num_warps, *constants.values()], []
-    # On AMD a kernel is compiled for tensors of under 2 GB as well, which the key does not hold.
-    ordinary = torch.version.hip is None
+    key, passed, addresses, largest = [id(kernel), num_warps, *constants.values()], [], 0, 0
     for value in arguments.values():
         if isinstance(value, Tensor):
-            device = value.device
             # Of each: Triton refuses a tensor of the host, whose address a kernel would read.
+            device = value.get_device()
             key += (value.dtype, device)
             value = value.data_ptr()
-            ordinary &= value % 16 == 0
-        elif type(value) is int:
-            ordinary &= value < 1 << 31
+            addresses |= value
+        elif type(value) is int and value > largest:
+            largest = value
         # Triton would ask a tensor for its address once more, and the driver about that.
         passed.append(value)
+    if device >= 0 and device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            launch(kernel, programs, arguments, constants, num_warps)
+        return
+    # On AMD a kernel is compiled for tensors of under 2 GB as well, which the key does not hold.
+    ordinary = addresses % 16 == 0 and largest < 1 << 31 and torch.version.hip is None
     compiled = _COMPILED.get(tuple(key)) if ordinary else None
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    with nullcontext() if here else torch.cuda.device(device):
-        if compiled is not None:
-            compiled[grid](*passed, *constants.values())
-            return
-        assert [*arguments, *constants] == kernel.arg_names
-        # Products and sums may fuse, which versions of Triton differ about by default.
-        compiled = kernel[grid](
-            *arguments.values(), **constants, num_warps=num_warps, enable_fp_fusion=True
-        )
-    # The interpreter compiles nothing.
-    if ordinary and compiled is not None:
-        _COMPILED[tuple(key)] = compiled
+    x, y = (programs, 1) if isinstance(programs, int) else programs
+    if compiled is None:
+        launcher = _compile(kernel, (x, y, 1), arguments, constants, num_warps)
+        # The interpreter compiles nothing.
+        if ordinary and launcher is not None:
+            _COMPILED[tuple(key)] = _ready(kernel, launcher)
+        return
+    _, launcher, run, function, metadata = compiled
+    if run is None or _is_hooked():
+        launcher[x, y, 1](*passed, *constants.values())
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(x, y, 1, stream, function, metadata, None, None, None, *passed, *constants.values())
+
+
+def _compile(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> Any:
+    """Launches it as well."""
+    assert [*arguments, *constants] == kernel.arg_names
+    # Products and sums may fuse, which versions of Triton differ about by default.
+    return kernel[grid](
+        *arguments.values(), **constants, num_warps=num_warps, enable_fp_fusion=True
+    )
+
+
+def _ready(kernel: Any, launcher: Any) -> _Compiled:
+    if not (_RUNS_DIRECTLY and isinstance(launcher, CompiledKernel)):
+        return _Compiled(kernel, launcher, None, None, None)
+    return _Compiled(kernel, launcher, launcher.run, launcher.function, launcher.packed_metadata)
+
+
+def _is_hooked() -> bool:
+    """Whether a profiler of Triton wants to know of launches."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Chains of hooks, which most often are empty, unless somebody has put a hook in their place.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
