@@ -21,6 +21,7 @@ from h_net_dynamic_chunking.ops import (
     dechunk,
 )
 from h_net_dynamic_chunking.ops.compaction import PendingSegmentation
+from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 from h_net_dynamic_chunking.ops.shared_linear import shared_linear
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
 from h_net_dynamic_chunking.outputs import Outputs, hidden_states
@@ -245,8 +246,7 @@ class DynamicSequenceChunker(nn.Module):
         packed, probs, pending = self._route(tokens, layout, boundary_mask)
         # Queued while the number of chunks is on its way to the host.
         ahead = self._select_ahead(packed, pending)
-        loss = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
-        weighted_loss = self.ratio_loss_weight * loss
+        loss, weighted_loss = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
         segmentation = pending.finish()
         chunks = self._downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
         chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
@@ -308,7 +308,8 @@ class DynamicSequenceChunker(nn.Module):
         """
         if self.pool != "select":
             return None
-        return pending.select_ahead(packed, int(2 * len(packed) / self.target_avg_token_length) + 1)
+        room = int(2 * packed.shape[0] / self.target_avg_token_length) + 1
+        return pending.select_ahead(packed, room)
 
     def _downsample(
         self,
@@ -331,18 +332,25 @@ class DynamicSequenceChunker(nn.Module):
             chunks = chunks + embedded.where(lengths > 0, 0)
         return chunks
 
-    def _ratio_loss(self, wanted: Tensor, probs: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _ratio_loss(
+        self, wanted: Tensor, probs: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, before and after its weight."""
+        n, weight = self.target_avg_token_length, self.ratio_loss_weight
+        if not self.ratio_loss_per_sequence and not self.straight_through_frac_vecs:
+            return pooled_ratio_loss(wanted, probs, cu_seqlens, n, weight)
         soft = None
         if self.straight_through_frac_vecs:
             soft = (probs - self.boundary_threshold).sigmoid()
-        return ratio_loss(
+        loss = ratio_loss(
             wanted,
             probs,
-            self.target_avg_token_length,
+            n,
             cu_seqlens=cu_seqlens,
             per_sequence=self.ratio_loss_per_sequence,
             soft_boundaries=soft,
         )
+        return loss, weight * loss
 
     def _upsample(self, inner: Any, record: Intermediates, apply_scale: bool) -> Tensor:
         """Smoothing, expansion and residual, eq. (3) and (5) to (9)."""

@@ -74,7 +74,7 @@ def ratio_loss(
         raise ValueError(f"target_ratio must be above 1, got {target_ratio}")
     _check_shapes(boundary_mask, probs, mask, cu_seqlens)
     if cu_seqlens is not None and mask is None and not per_sequence and soft_boundaries is None:
-        return pooled_ratio_loss(boundary_mask, probs, cu_seqlens, target_ratio)
+        return pooled_ratio_loss(boundary_mask, probs, cu_seqlens, target_ratio)[0]
     real = _real_positions(boundary_mask, mask, cu_seqlens)
 
     def total(values: Tensor) -> Tensor:

@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from h_net_dynamic_chunking import ratio_loss, segmentation_statistics
+from h_net_dynamic_chunking.ops import use_backend
+from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 from tests import reference_chunker
+from tests.ops.triton_cases import DEVICE
 from tests.support import assert_close, boundaries, cumulative, probabilities
 
 
@@ -30,6 +34,31 @@ def test_gradient_is_a_controller() -> None:
     (gradient,) = torch.autograd.grad(ratio_loss(mask, p, n), p)
     want = n * n / (n - 1) * (mask.double().mean() - 1 / n) / 50
     assert_close("gradient", gradient, want.expand(50))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_weighted_beside_the_loss_itself(used: tuple[int, ...], backend: str) -> None:
+    """Whichever of the two takes part in a loss: as multiplied afterwards."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    mask, cu_seqlens = boundaries(53, device=DEVICE), cumulative([20, 0, 30], DEVICE)
+    p = probabilities(53, device=DEVICE).detach().float().requires_grad_()
+
+    def both(weight: float) -> tuple[Tensor, Tensor]:
+        return pooled_ratio_loss(mask, p, cu_seqlens, 6.0, weight)
+
+    with use_backend(backend):  # type: ignore[arg-type]
+        loss, weighted = both(0.03)
+        afterwards = both(1.0)[0]
+        pairs = ((loss, afterwards), (weighted, 0.03 * afterwards))
+        for got, want in pairs:
+            assert torch.equal(got, want)
+        losses = (sum(pair[i].square() for pair in (pairs[u] for u in used)) for i in (0, 1))
+        got, want = (torch.autograd.grad(total, p, retain_graph=True)[0] for total in losses)  # type: ignore[arg-type]
+    assert_close("gradient", got, want.double())
+    assert not got[50:].any()
 
 
 def test_pads_do_not_count() -> None:

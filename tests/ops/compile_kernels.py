@@ -165,8 +165,8 @@ def call_launchers() -> None:
     segmentation.segment(mask, cu_seqlens.int(), 7)
     for count in (None, s.cu_chunks):
         gather.gather(x, s.boundary_positions, count)
-    ratio.ratio_loss_fwd(mask, p, cu_seqlens, 6.0)
-    ratio.ratio_loss_bwd(p.sum(), p.sum(), p, cu_seqlens)
+    ratio.ratio_loss_fwd(mask, p, cu_seqlens, 6.0, 0.03)
+    ratio.ratio_loss_bwd(p.sum(), p.sum(), p.sum(), p, cu_seqlens, 0.03)
     walked = s.chunk_of_position, s.boundary_positions
     places.padded_places(cu_seqlens, 60, total)
     # A residual as it comes, and as its projection makes it, with a bias of either dtype.

@@ -38,7 +38,7 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ema": lambda x, p: ema_smooth(x, p, CU_SEQLENS).chunks,
     "expand": lambda x, p: expand(x, torch.arange(len(x), device=DEVICE), p),
     "dechunk": lambda x, p: dechunk(SEGMENTATION.select(x), p, SEGMENTATION),
-    "ratio_loss": lambda x, p: pooled_ratio_loss(MASK, p, CU_SEQLENS, 6.0) * x.sum(),
+    "ratio_loss": lambda x, p: pooled_ratio_loss(MASK, p, CU_SEQLENS, 6.0)[0] * x.sum(),
     "add_rms_norm": lambda x, p: add_rms_norm(x, x.sin(), x[0])[1] * p[:, None],
     "embedding": lambda x, p: embedding(x, MASK.long()) * p[:, None],
     "swiglu": lambda x, p: swiglu(x) * p[:, None],
@@ -106,9 +106,10 @@ def test_subclasses_of_tensors_see_operations() -> None:
 def test_opcheck_of_what_has_no_tests_of_its_own() -> None:
     p, slope = randn(7, device=DEVICE), torch.ones((), dtype=torch.float64, device=DEVICE)
     ops = torch.ops.h_net
-    torch.library.opcheck(ops.ratio_loss.default, (MASK, p, CU_SEQLENS, 6.0))
-    backward = slope, slope, p.detach(), CU_SEQLENS
-    torch.library.opcheck(ops.ratio_loss_backward.default, backward)
+    torch.library.opcheck(ops.ratio_loss.default, (MASK, p, CU_SEQLENS, 6.0, 0.03))
+    for grads in ((slope, slope), (slope, None), (None, slope)):
+        backward = *grads, slope, p.detach(), CU_SEQLENS, 0.03
+        torch.library.opcheck(ops.ratio_loss_backward.default, backward)
     sizes = torch.tensor([4, 2], device=DEVICE)
     torch.library.opcheck(ops.trim.default, (SEGMENTATION.boundary_positions, sizes))
 

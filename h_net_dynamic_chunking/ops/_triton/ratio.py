@@ -23,7 +23,7 @@ def ratio_sums_kernel(mask, p, cu, boundaries, probability, T, B, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["T", "B", "blocks"])
 def ratio_loss_kernel(
-    boundaries, probability, cu, loss, slope, T, B, blocks, n, BLOCK: tl.constexpr
+    boundaries, probability, cu, loss, weighted, slope, T, B, blocks, n, alpha, BLOCK: tl.constexpr
 ):
     b_boundaries = tl.zeros([BLOCK], dtype=tl.float32)
     b_probability = tl.zeros([BLOCK], dtype=tl.float32)
@@ -36,28 +36,51 @@ def ratio_loss_kernel(
     f = tl.sum(b_boundaries) / size
     g = tl.sum(b_probability) / size
     value = n / (n - 1) * ((n - 1) * f * g + (1 - f) * (1 - g))
-    tl.store(loss, tl.where(count > 0, value, 0.0))
+    value = tl.where(count > 0, value, 0.0)
+    tl.store(loss, value)
+    tl.store(weighted, alpha * value)
     tl.store(slope, n / (n - 1) * (n * f - 1) / size)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
-def ratio_grad_kernel(grad, slope, cu, grad_p, T, B, BLOCK: tl.constexpr):
+def ratio_grad_kernel(
+    grad,
+    grad_weighted,
+    slope,
+    cu,
+    grad_p,
+    T,
+    B,
+    alpha,
+    HAS_GRAD: tl.constexpr,
+    HAS_WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     o_t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_live = o_t < tl.load(cu + B).to(tl.int64)
-    value = tl.load(grad).to(tl.float32) * tl.load(slope)
-    b_grad = tl.where(m_live, value, 0.0).to(grad_p.dtype.element_ty)
+    value = 0.0
+    if HAS_GRAD:
+        value += tl.load(grad).to(tl.float32)
+    if HAS_WEIGHTED:
+        value += alpha * tl.load(grad_weighted).to(tl.float32)
+    b_grad = tl.where(m_live, value * tl.load(slope), 0.0).to(grad_p.dtype.element_ty)
     tl.store(grad_p + o_t, b_grad, mask=o_t < T)
 
 
 def ratio_loss_fwd(
-    boundary_mask: Tensor, probs: Tensor, cu_seqlens: Tensor, target_ratio: float
-) -> tuple[Tensor, Tensor]:
-    """The loss and its slope, float32 scalars."""
-    total, batch, blocks = len(probs), len(cu_seqlens) - 1, cdiv(len(probs), _BLOCK)
+    boundary_mask: Tensor,
+    probs: Tensor,
+    cu_seqlens: Tensor,
+    target_ratio: float,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the loss times its weight, and its slope, float32 scalars."""
+    total, batch = probs.shape[0], cu_seqlens.shape[0] - 1
+    blocks = cdiv(total, _BLOCK)
     cu_seqlens = cu_seqlens.contiguous()
     boundaries = torch.empty(blocks, dtype=torch.float32, device=probs.device)
     probability, loss = torch.empty_like(boundaries), boundaries.new_empty(())
-    slope = torch.empty_like(loss)
+    weighted, slope = torch.empty_like(loss), torch.empty_like(loss)
     launch(
         ratio_sums_kernel,
         blocks,
@@ -81,33 +104,49 @@ def ratio_loss_fwd(
             "probability": probability,
             "cu": cu_seqlens,
             "loss": loss,
+            "weighted": weighted,
             "slope": slope,
             "T": total,
             "B": batch,
             "blocks": blocks,
             "n": float(target_ratio),
+            "alpha": float(weight),
         },
         {"BLOCK": 256},
         num_warps=4,
     )
-    return loss, slope
+    return loss, weighted, slope
 
 
-def ratio_loss_bwd(grad: Tensor, slope: Tensor, probs: Tensor, cu_seqlens: Tensor) -> Tensor:
+def ratio_loss_bwd(
+    grad: Tensor | None,
+    grad_weighted: Tensor | None,
+    slope: Tensor,
+    probs: Tensor,
+    cu_seqlens: Tensor,
+    weight: float,
+) -> Tensor:
     """The gradient of the probabilities: one value at every position of a sequence."""
+    total = probs.shape[0]
     grad_p = torch.empty_like(probs, memory_format=torch.contiguous_format)
     launch(
         ratio_grad_kernel,
-        cdiv(len(probs), _BLOCK),
+        cdiv(total, _BLOCK),
         {
-            "grad": grad,
+            "grad": slope if grad is None else grad,
+            "grad_weighted": slope if grad_weighted is None else grad_weighted,
             "slope": slope,
             "cu": cu_seqlens.contiguous(),
             "grad_p": grad_p,
-            "T": len(probs),
-            "B": len(cu_seqlens) - 1,
+            "T": total,
+            "B": cu_seqlens.shape[0] - 1,
+            "alpha": float(weight),
         },
-        {"BLOCK": _BLOCK},
+        {
+            "HAS_GRAD": grad is not None,
+            "HAS_WEIGHTED": grad_weighted is not None,
+            "BLOCK": _BLOCK,
+        },
         num_warps=8,
     )
     return grad_p
