@@ -19,6 +19,7 @@ Backend = Literal["torch", "triton", "auto"]
 _logger = logging.getLogger(__name__)
 _chosen: ContextVar[Backend] = ContextVar("h_net_backend", default="auto")
 
+_NAMES = get_args(Backend)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # bfloat16 arithmetic, which the kernels use freely, begins with this generation.
 _CAPABILITY = (8, 0)
@@ -44,8 +45,8 @@ class use_backend:
     """
 
     def __init__(self, name: Backend) -> None:
-        if name not in get_args(Backend):
-            raise ValueError(f"name must be one of {get_args(Backend)}, got {name!r}")
+        if name not in _NAMES:
+            raise ValueError(f"name must be one of {_NAMES}, got {name!r}")
         self._name: Backend = name
         self._tokens: list[Token[Backend]] = []
 

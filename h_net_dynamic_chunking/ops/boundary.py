@@ -69,7 +69,7 @@ def boundary_probability_of_pairs(
         raise ValueError(f"queries_keys must have an even width, got {queries_keys.shape[1]}")
     check_cu_seqlens(cu_seqlens)
     p: Tensor = _boundary_probability(queries_keys, cu_seqlens)
-    if start_key is None or len(p) == 0:
+    if start_key is None or p.shape[0] == 0:
         return p
     batch, dim = cu_seqlens.shape[0] - 1, queries_keys.shape[1] // 2
     if start_key.shape != (batch, dim):

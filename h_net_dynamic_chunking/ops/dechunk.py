@@ -150,7 +150,7 @@ def _dechunk(
     short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the smoothed chunks, which are empty unless `keep_smoothed`."""
-    if runs_on_triton(z, residual, len(probs)):
+    if runs_on_triton(z, residual, probs.shape[0]):
         from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
 
         if residual is not None and weight is not None:
@@ -218,7 +218,7 @@ def _dechunk_backward(
     clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and, in float32 (float64 for float64), of the probabilities."""
-    if runs_on_triton(z, None, len(probs)):
+    if runs_on_triton(z, None, probs.shape[0]):
         from h_net_dynamic_chunking.ops._triton.dechunk_backward import dechunk_bwd
 
         return dechunk_bwd(

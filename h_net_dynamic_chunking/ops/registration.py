@@ -43,13 +43,11 @@ class Operation:
             raise NotImplementedError(f"{self._name} has no forward-mode derivative")
         if is_watched():
             return self._overload(*arguments)
-        needs_grad = False
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                if type(argument) not in PLAIN:
-                    return self._overload(*arguments)
-                needs_grad |= argument.requires_grad
-        if wants_grad and needs_grad:
+        kinds = {*map(type, arguments)}
+        # Most often there are no other kinds, and then no argument need be looked at by itself.
+        if not kinds <= _ORDINARY and any(issubclass(kind, Tensor) for kind in kinds - _ORDINARY):
+            return self._overload(*arguments)
+        if wants_grad and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             if self._function is None:
                 return self._overload(*arguments)
             return self._function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
@@ -118,6 +116,7 @@ def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 # Types of tensors that are no more than tensors.
 PLAIN = (Tensor, torch.nn.Parameter)
+_ORDINARY = {*PLAIN, type(None), bool, int, float, torch.dtype}
 
 
 def is_watched() -> bool:
@@ -125,7 +124,7 @@ def is_watched() -> bool:
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch's
+        or torch._C._is_tracing()
     )
 
 

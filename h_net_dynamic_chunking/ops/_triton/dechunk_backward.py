@@ -313,4 +313,4 @@ def _backward(
         {**options, "ROWS": _ROWS, **walk.constants},
         num_warps=1,
     )
-    return dots[0] if len(dots) == 1 else dots.sum(0)
+    return dots[0] if dots.shape[0] == 1 else dots.sum(0)

@@ -126,7 +126,7 @@ def segment(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of the operation `h_net::segment`."""
     boundary_mask, cu = boundary_mask.contiguous(), cu_seqlens.contiguous()
-    total, batch = len(boundary_mask), len(cu) - 1
+    total, batch = boundary_mask.shape[0], cu.shape[0] - 1
     blocks, steps = cdiv(total, _BLOCK), halvings(batch)
     limited = max_chunks is not None
     wanted, starts = torch.empty_like(boundary_mask), torch.empty_like(boundary_mask)
