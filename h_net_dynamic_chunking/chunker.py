@@ -22,7 +22,7 @@ from h_net_dynamic_chunking.ops import (
 )
 from h_net_dynamic_chunking.ops.compaction import PendingSegmentation
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
-from h_net_dynamic_chunking.ops.shared_linear import shared_linear
+from h_net_dynamic_chunking.ops.shared_linear import routed
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
 from h_net_dynamic_chunking.outputs import Outputs, hidden_states
 from h_net_dynamic_chunking.pooling import Pool, pool_groups
@@ -267,10 +267,10 @@ class DynamicSequenceChunker(nn.Module):
         if self.start_key is not None:
             start_keys = self.start_key.expand(layout.batch, -1)
         if self.pool == "select":
-            queries_keys, packed = shared_linear(packed, self.to_queries_keys)
+            probs, packed = routed(packed, self.to_queries_keys, layout.cu_seqlens, start_keys)
         else:
             queries_keys = self.to_queries_keys(packed)
-        probs = boundary_probability_of_pairs(queries_keys, layout.cu_seqlens, start_keys)
+            probs = boundary_probability_of_pairs(queries_keys, layout.cu_seqlens, start_keys)
         if boundary_mask is None:
             asked = probs > self.boundary_threshold
         else:

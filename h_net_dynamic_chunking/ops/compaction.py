@@ -110,7 +110,7 @@ class PendingSegmentation:
             return None
         from h_net_dynamic_chunking.ops._triton.gather import gather
 
-        return gather(x.detach(), self._positions[:room], self._sizes)
+        return gather(x, self._positions, self._sizes, room)
 
     def finish(self) -> Segmentation:
         """The segmentation. Without `max_chunks`, the one host read of a stage ends here."""

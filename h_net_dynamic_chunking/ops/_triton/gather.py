@@ -39,21 +39,24 @@ def gather_kernel(
     tl.store(out + o_m[:, None] * D + o_d[None, :], b_x, mask=m_m[:, None] & m_d)
 
 
-def gather(x: Tensor, index: Tensor, count: Tensor | None = None) -> Tensor:
+def gather(
+    x: Tensor, index: Tensor, count: Tensor | None = None, room: int | None = None
+) -> Tensor:
     """`x[index]` for x (rows, dim) of any dtype, with rows of zeros where the index is -1.
 
     `count`, int64, starts with how many entries of the index are valid: the rows behind stay as
-    they are.
+    they are. `room` is how many entries are looked at, if that is less than there are.
     """
     x, index = x.contiguous(), index.contiguous()
     rows, dim = index.shape[0], x.shape[1]
+    rows = rows if room is None else min(rows, room)
     out = x.new_empty(rows, dim)
     if out.numel() == 0:
         return out
     moved_x, moved_out = x, out
     if x.dtype not in _USUAL:
         integer = _INTEGER_OF_SIZE[x.element_size()]
-        moved_x, moved_out = x.view(integer), out.view(integer)
+        moved_x, moved_out = x.detach().view(integer), out.view(integer)
     block_d = min(power_of_2(dim), 1024)
     block_m = max(1, min(256, 4096 // block_d))
     launch(
