@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops.compaction import Segmentation, gather_rows
-from h_net_dynamic_chunking.ops.packing import check_cu_seqlens, cu_seqlens_from_lens
+from h_net_dynamic_chunking.ops.packing import (
+    check_cu_seqlens,
+    cu_seqlens_from_lens,
+    cu_seqlens_of_rows,
+)
 from h_net_dynamic_chunking.ops.places import padded_places
 
 
@@ -112,8 +116,7 @@ def layout_of(
         )
     batch, length = tokens.shape[:2]
     if lens is None:
-        steps = torch.arange(batch + 1, device=tokens.device)
-        return Layout(steps * length, (batch, length))
+        return Layout(cu_seqlens_of_rows(tokens), (batch, length))
     return _ragged_layout(tokens, _integers("lens", lens), static)
 
 

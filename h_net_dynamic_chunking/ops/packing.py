@@ -26,7 +26,11 @@ def cu_seqlens_from_lens(lens: Tensor) -> Tensor:
 
 def cu_seqlens_of_rows(x: Tensor) -> Tensor:
     """Cumulative lengths of the rows of x (batch, length, ...), each of which is a sequence."""
-    return torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+    batch, length = x.shape[:2]
+    # One launch, where the number of steps does not depend on what a compiler knows of the sizes.
+    if length > 0 and not torch.compiler.is_compiling():
+        return torch.arange(0, batch * length + 1, length, device=x.device)
+    return torch.arange(batch + 1, device=x.device) * length
 
 
 def in_some_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
