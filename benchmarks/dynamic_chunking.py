@@ -213,7 +213,7 @@ class Case:
             ),
             "ratio loss": (
                 5 * total,
-                lambda: OPS.ratio_loss(self.mask, self.probs, self.cu_seqlens, 6.0),
+                lambda: OPS.ratio_loss(self.mask, self.probs, self.cu_seqlens, 6.0, 1.0),
             ),
         }
 
