@@ -79,4 +79,7 @@ def test_ratio_loss(lens: list[int]) -> None:
     with torch.no_grad():
         p[-3:] = torch.nan
     cu_seqlens = cumulative(lens, DEVICE)
-    assert_kernels_agree(lambda p: pooled_ratio_loss(mask, p, cu_seqlens, 6.0), p)
+    for part in (0, 1):  # plain, and weighted
+        assert_kernels_agree(
+            lambda p, i=part: pooled_ratio_loss(mask, p, cu_seqlens, 6.0, 0.5)[i], p
+        )
