@@ -52,6 +52,15 @@ class Rows:
         both = active if self.active is None else active & self.active
         return Rows(self.index, both, self.checked)
 
+    def lens(self, lens: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+        """How many positions of an input (rows, length, ...) change the cache; None for all.
+
+        lens:  int (rows,): how many are no pads; None for all
+        """
+        if self.active is None:
+            return lens
+        return self.active * (shape[1] if lens is None else lens)
+
     def indices(self, count: int, device: torch.device) -> Tensor:
         """int64 (rows,): `index`, written out."""
         return torch.arange(count, device=device) if self.index is None else self.index

@@ -27,7 +27,7 @@ from h_net_dynamic_chunking.layers._checks import (
 )
 from h_net_dynamic_chunking.layers._packed import longest
 from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
-from h_net_dynamic_chunking.ops.rotary import rotary, rotate
+from h_net_dynamic_chunking.ops.rotary import rotary, rotary_from, rotate
 from h_net_dynamic_chunking.ops.tail import zero_tail
 
 # Of torch's attention over packed sequences: 2.10 has the argument is_causal in its place.
@@ -212,18 +212,15 @@ class CausalAttention(nn.Module):
         """
         check_extension(x, self.d_model, lens)
         self._check_cache(cache, x, rows, x.shape[1], lens)
-        length = x.shape[1]
-        steps = torch.arange(length, device=x.device)
-        if lens is None:
-            lens = steps.new_full((x.shape[0],), length)
-        else:  # a NaN in a pad would reach real positions, which give it no weight
-            x = x.where((steps < lens[:, None])[..., None], 0)
-        position = rows.read(cache.position)[:, None] + steps
-        q, k, v = self._project(x, position)
+        first = rows.read(cache.position)
+        # A NaN in a pad would reach real positions, which give it no weight: pads become zeros.
+        q, k, v = rotary_from(
+            first, self.Wqkv(x), self.num_heads, self.rotary_dim, self.rotary_base, lens
+        )
         if cache.positions.bound == 0:
             mixed = self._attend_from_start(q, k, v)
         else:
-            mixed = self._attend_to_history(q, k, v, position, cache, rows)
+            mixed = self._attend_to_history(q, k, v, first, cache, rows)
         cache.append_many(k, v, lens, rows)
         return self._merge(mixed)
 
@@ -268,7 +265,7 @@ class CausalAttention(nn.Module):
         rows, length = q.shape[:2]
         if not length or not self._varlen_can_run(q):
             return self._attend(q, k, v)
-        ends = torch.arange(rows + 1, device=q.device) * length
+        ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=q.device)
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
         return self._attend_varlen(q, k, v, ends, length).view(rows, length, *q.shape[1:])
 
@@ -277,11 +274,15 @@ class CausalAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        position: Tensor,
+        first: Tensor,
         cache: AttentionCache,
         rows: Rows,
     ) -> Tensor:
-        """Attention of new positions (rows, length, heads, head_dim) to old ones and each other."""
+        """Attention of new positions (rows, length, heads, head_dim) to old ones and each other.
+
+        first:  int64 (rows,): the position of the first of them
+        """
+        position = first[:, None] + torch.arange(q.shape[1], device=q.device)
         keys, values, held = cache.history(rows)
         keys, values = (
             torch.cat((old.to(new.dtype), new), dim=1).transpose(1, 2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows
+from h_net_dynamic_chunking.ops.backend import uses_triton
 
 # A cache without a window begins with so many slots.
 _FIRST_SLOTS = 256
@@ -126,12 +127,37 @@ class AttentionCache:
     def _read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return rows.read(self.keys[:, : self._in_use]), rows.read(self.values[:, : self._in_use])
 
-    def append_many(self, key: Tensor, value: Tensor, lens: Tensor, rows: Rows = ALL_ROWS) -> None:
-        """Add the first lens[r] positions of (rows, length, heads, head_dim) to row r."""
-        length = key.shape[1]
+    def append_many(
+        self, key: Tensor, value: Tensor, lens: Tensor | None, rows: Rows = ALL_ROWS
+    ) -> None:
+        """Add the first lens[r] positions of (rows, length, heads, head_dim) to row r; None: all.
+
+        Where a kernel does it the host waits for nothing.
+        """
+        length, lens = key.shape[1], rows.lens(lens, key.shape)
         self.reserve(length)
-        position = rows.read(self.position)
-        lens = lens if rows.active is None else lens.where(rows.active, 0)
+        if self._takes_kernel(key, value, rows):
+            from h_net_dynamic_chunking.ops._triton.append import append
+
+            append(key, value, self.keys, self.values, self.position, lens, self.ring)
+        else:
+            self._append_some(key, value, lens, rows)
+        self.positions.advance(length if lens is None else lens, length, rows)
+
+    def _takes_kernel(self, key: Tensor, value: Tensor, rows: Rows) -> bool:
+        tensors = (key, value, self.keys, self.values, self.position)
+        return (
+            rows.index is None
+            and key.dtype == self.keys.dtype
+            and all(tensor.is_contiguous() for tensor in tensors)
+            and uses_triton(key, moves_only=True)
+        )
+
+    def _append_some(self, key: Tensor, value: Tensor, lens: Tensor | None, rows: Rows) -> None:
+        """On torch, for which rows and positions are listed; on a GPU the host waits for that."""
+        length, position = key.shape[1], rows.read(self.position)
+        if lens is None:
+            lens = torch.full_like(position, length)
         t = torch.arange(length, device=key.device)
         kept = t < lens[:, None]
         if self.ring:  # of more positions than slots, the last
@@ -142,4 +168,3 @@ class AttentionCache:
         index = rows.indices(len(key), key.device)[row]
         for cached, new in ((self.keys, key), (self.values, value)):
             cached[index, slot[row, step]] = new[row, step].to(cached.dtype)
-        self.positions.advance(lens, length, rows)

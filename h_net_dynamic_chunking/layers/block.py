@@ -59,10 +59,7 @@ class Block(nn.Module):
         masked = cu_seqlens if has_tail else None
         h, normed = add_then_norm(self.norm1, h, update, masked)
         update = self._checked(self.mixer(normed, **lengths), normed)
-        if self.norm2 is not None and self.mlp is not None:
-            h, normed = add_then_norm(self.norm2, h, update, masked)
-            update = self.mlp(normed)
-        return h, update
+        return self._then_mlp(h, update, masked)
 
     def _checked(self, mixed: Any, x: Tensor) -> Tensor:
         """What the mixer made of x; a narrower one would be added all the same, by broadcasting."""
@@ -76,18 +73,32 @@ class Block(nn.Module):
 
     def step(self, h: Tensor, cache: Any, rows: Rows = ALL_ROWS) -> Tensor:
         """One position: h, out (rows, d_model)."""
-        return self._add_mlp(h + step_module.step("mixer", self.mixer, self.norm1(h), cache, rows))
-
-    def extend(self, h: Tensor, cache: Any, lens: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
-        """The next positions: h, out (rows, length, d_model)."""
-        return self._add_mlp(
-            h + step_module.extend("mixer", self.mixer, self.norm1(h), cache, lens, rows)
-        )
-
-    def _add_mlp(self, h: Tensor) -> Tensor:
+        h = h + step_module.step("mixer", self.mixer, self.norm1(h), cache, rows)
         if self.norm2 is not None and self.mlp is not None:
             h = h + self.mlp(self.norm2(h))
         return h
+
+    def extend(
+        self,
+        h: Tensor,
+        update: Tensor | None,
+        cache: Any,
+        lens: Tensor | None,
+        rows: Rows = ALL_ROWS,
+    ) -> tuple[Tensor, Tensor]:
+        """The next positions: h, update and out as in `forward`, (rows, length, d_model)."""
+        h, normed = add_then_norm(self.norm1, h, update)
+        mixed = step_module.extend("mixer", self.mixer, normed, cache, lens, rows)
+        return self._then_mlp(h, self._checked(mixed, normed))
+
+    def _then_mlp(
+        self, h: Tensor, update: Tensor, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The pair h, update, if there is an MLP on the other side of it."""
+        if self.norm2 is not None and self.mlp is not None:
+            h, normed = add_then_norm(self.norm2, h, update, cu_seqlens)
+            update = self.mlp(normed)
+        return h, update
 
 
 def _lengths_named_by(mixer: nn.Module) -> list[str]:

@@ -208,14 +208,13 @@ class Isotropic(nn.Module):
         """
         check_extension(x, self.d_model, lens)
         rows = self._checked(caches, x, x.shape[1], rows, lens)
-        h = x.to(accumulation_dtype(x.dtype))
+        h, update = x, None
         if lens is not None:  # whatever the pads hold
             real = torch.arange(x.shape[1], device=x.device) < lens[:, None]
             h = h.where(real[..., None], 0)
         for block, cache in zip(self._blocks, caches, strict=True):
-            h = block.extend(h, cache, lens, rows)
-        out: Tensor = self.rmsnorm(h)
-        return out
+            h, update = block.extend(h, update, cache, lens, rows)
+        return add_then_norm(self.rmsnorm, h, update)[1]
 
     def _checked(
         self,

@@ -27,11 +27,17 @@ from h_net_dynamic_chunking.layers._checks import (
 )
 from h_net_dynamic_chunking.layers.norm import RMSNorm
 from h_net_dynamic_chunking.ops.causal_conv import spread_rows
-from h_net_dynamic_chunking.ops.mamba2 import Mamba2Parameters, Mamba2Sizes, mamba2_inner
+from h_net_dynamic_chunking.ops.mamba2 import (
+    Mamba2Parameters,
+    Mamba2Sizes,
+    mamba2_continued,
+    mamba2_inner,
+)
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.ops.plain import is_plain
 from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd, ssd_continued
 from h_net_dynamic_chunking.ops.tail import zero_tail
+from h_net_dynamic_chunking.step_kernels import fits_step_kernels
 
 
 @dataclass(eq=False)
@@ -225,6 +231,18 @@ class Mamba2(nn.Module):
         """
         check_extension(x, self.d_model, lens)
         self._check_cache(cache, x, rows)
+        if self._is_plain() and fits_step_kernels(x, self.in_proj.weight, rows):
+            mixed = mamba2_continued(
+                self.in_proj(x),
+                self._parameters_inside(),
+                cache.conv,
+                cache.state,
+                rows.lens(lens, x.shape[:2]),
+                eps=self.norm.eps or 0.0,
+            )
+            if mixed is not None:
+                out: Tensor = self.out_proj(mixed)
+                return out
         length, taps_back = x.shape[1], self.d_conv - 1
         steps = torch.arange(length, device=x.device)
         if lens is None:

@@ -124,6 +124,32 @@ def mamba2_inner(
     return out
 
 
+def mamba2_continued(
+    projected: Tensor,
+    parameters: Mamba2Parameters,
+    conv: Tensor,
+    state: Tensor,
+    lens: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """`mamba2_inner` of rows that go on, if there are kernels for them; else None. No gradients.
+
+    projected:  (batch, length, ...); what stands at pads is not used
+    conv:       (batch, d_inner + 2 d_state, taps - 1), dtype of projected: the last inputs of the
+                convolution, oldest first; changes in place
+    state:      (batch, heads, head_dim, d_state), float32: S; changes in place
+    lens:       int (batch,): positions of each row, on the left; None: all have `length`
+    out:        (batch, length, d_inner); means nothing at pads
+    """
+    changed = conv.is_contiguous() and state.is_contiguous()
+    if not changed or not _runs_on_triton(projected, parameters) or not uses_triton(state):
+        return None
+    from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_continued
+
+    return mamba2_continued(projected, parameters, eps, conv, state, lens)
+
+
 def _check_parameters(parameters: Mamba2Parameters) -> None:
     """Raise ValueError, with the name of the one to blame, unless they fit each other."""
     for name in ("conv_bias", "A_log", "norm_weight"):

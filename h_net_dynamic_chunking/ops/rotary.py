@@ -51,6 +51,44 @@ def rotary(
     return q, k, v
 
 
+def rotary_from(
+    first: Tensor,
+    qkv: Tensor,
+    heads: int,
+    rotary_dim: int,
+    base: float = 10000.0,
+    lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotary` of rows that start at the positions `first`. No gradients.
+
+    first:  int (batch,)
+    qkv:    (batch, length, ...)
+    lens:   int (batch,): positions of each row, on the left; behind them zeros come out, whatever
+            is there. None: all have `length`
+
+    Raises:
+        ValueError: as `rotary`.
+    """
+    _check(qkv, heads, rotary_dim, None)
+    if uses_triton(qkv):
+        from h_net_dynamic_chunking.ops._triton.rotary import rotary_fwd
+
+        return rotary_fwd(qkv, heads, rotary_dim, base, None, first, lens)[:3]
+    steps = torch.arange(qkv.shape[1], device=qkv.device)
+    if lens is not None:
+        qkv = qkv.where((steps < lens[:, None])[..., None], 0)
+    position = first[:, None] + steps
+    return _apart(qkv, heads, _cos_sin(position, rotary_dim, base, qkv.dtype))
+
+
+def _apart(qkv: Tensor, heads: int, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, the first two turned by cos_sin (..., 2, rotary_dim / 2)."""
+    head_dim = qkv.shape[-1] // (3 * heads)
+    q, k, v = qkv.reshape(*qkv.shape[:-1], 3, heads, head_dim).unbind(-3)
+    q, k = (_turn(part, *cos_sin.unbind(-2)) for part in (q, k))
+    return q, k, v.clone(memory_format=torch.contiguous_format)
+
+
 def _check(qkv: Tensor, heads: int, rotary_dim: int, cu_seqlens: Tensor | None) -> None:
     check_packed_or_padded("qkv", qkv, cu_seqlens)
     width = qkv.shape[-1]
@@ -107,10 +145,7 @@ def _rotary(
         position = position_in_sequence(cu_seqlens, len(qkv))
         qkv = qkv.where(in_some_sequence(cu_seqlens, len(qkv))[:, None], 0)
     cos_sin = _cos_sin(position, rotary_dim, base, qkv.dtype)
-    head_dim = qkv.shape[-1] // (3 * heads)
-    q, k, v = qkv.reshape(*qkv.shape[:-1], 3, heads, head_dim).unbind(-3)
-    q, k = (_turn(part, *cos_sin.unbind(-2)) for part in (q, k))
-    return q, k, v.clone(memory_format=torch.contiguous_format), cos_sin
+    return *_apart(qkv, heads, cos_sin), cos_sin
 
 
 @_rotary.register_fake

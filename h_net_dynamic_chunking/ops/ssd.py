@@ -284,12 +284,12 @@ def _ssd_continued(
     if _runs_on_triton(x, dt, B) and uses_triton(state):
         from h_net_dynamic_chunking.ops._triton.ssd_forward import ssd_fwd
 
-        before, shape = state.transpose(2, 3).float().contiguous(), x.shape
+        before, shape = state.float().contiguous(), x.shape
         after = before.new_empty(before.shape)
         x, dt, B, C = _flat(False, x, dt, B, C)
         A, D = A.contiguous(), D.contiguous()
         y, _ = ssd_fwd(x, dt, A, B, C, D, None, shape[0], initial=before, final=after)
-        return y.view(shape), after.transpose(2, 3).contiguous()
+        return y.view(shape), after
     before = state.permute(0, 3, 1, 2)
     y, after = ssd_torch.ssd_forward(x, dt, A, B, C, D, None, before, chunk_size)
     return y, after.permute(0, 2, 3, 1).contiguous()

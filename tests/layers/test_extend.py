@@ -29,7 +29,7 @@ def run_pieces(stack: Any, x: Tensor, pieces: list[list[int]], cache: Any) -> Te
         for row, (start, n) in enumerate(zip(done, lens, strict=True)):
             pads = x.new_full((max(lens) - n, D_MODEL), torch.nan)
             rows.append(torch.cat((x[row, start : start + n], pads)))
-        out = stack.extend(torch.stack(rows), cache, torch.tensor(lens))
+        out = stack.extend(torch.stack(rows), cache, torch.tensor(lens, device=x.device))
         for row, n in enumerate(lens):
             outs[row].append(out[row, :n])
             done[row] += n

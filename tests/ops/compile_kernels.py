@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from h_net_dynamic_chunking.ops import segment
 from h_net_dynamic_chunking.ops._triton import (
+    append,
     attention_step,
     boundary,
     causal_conv,
@@ -53,6 +54,7 @@ from h_net_dynamic_chunking.ops._triton import (
 )
 
 MODULES = (
+    append,
     boundary,
     causal_conv,
     cross_entropy,
@@ -217,6 +219,9 @@ def call_layers(x: Tensor, cu_seqlens: Tensor) -> None:
     swiglu.swiglu_bwd(x[:, :150], x)
     q, k, v, cos_sin = rotary.rotary_fwd(x, 4, 12, 10000.0, cu_seqlens)
     rotary.rotary_bwd(q, k, v, cos_sin, cu_seqlens)
+    first, lens, rows = cu_seqlens[:2], cu_seqlens[1:], x.unflatten(0, (2, -1))
+    q, k, v, _ = rotary.rotary_fwd(rows, 4, 12, 10000.0, None, first, lens)
+    append.append(q, k, torch.cat((k, k), 1), torch.cat((v, v), 1), first, lens, True)
     cross_entropy.cross_entropy_fwd(x, labels)
     cross_entropy.cross_entropy_bwd(h[0, 0], x, labels)
 
@@ -243,7 +248,7 @@ def call_ssd() -> None:
         grad_B=B,
         grad_C=C,
     )
-    state = torch.zeros(1, heads, N, P)
+    state = torch.zeros(1, heads, P, N)
     ssd_forward.ssd_fwd(x, dt, A, B, C, D, None, initial=state, final=state)
 
 
@@ -261,6 +266,10 @@ def call_mamba2_parts() -> None:
     tail.zero_tail(out, cu_seqlens)
     dt = time_step.time_step_fwd(raw, bias[:heads], cu_seqlens)
     time_step.time_step_bwd(dt, raw, bias[:heads], cu_seqlens, raw)
+    rows, lens = x.unflatten(0, (2, -1)), torch.tensor([40, 3])
+    causal_conv.conv_continued(rows, weight, bias, torch.zeros(2, dim, 3).bfloat16(), lens)
+    time_step.time_step_fwd(raw, bias[:heads], None, lens)
+    gated_norm.gated_norm_fwd(out, z, bias, 1e-5, None)
 
 
 def call_step_launchers() -> None:

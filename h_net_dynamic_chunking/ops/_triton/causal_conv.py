@@ -164,6 +164,77 @@ def conv_fwd_kernel(
 
 
 @triton.jit
+def _row_before(x, state, i_t, o_c, m_c, X_ROW: tl.constexpr, K: tl.constexpr, BACK: tl.constexpr):
+    """Row t - BACK of x, and before its first row what the state holds, if the taps reach it."""
+    b_x = tl.zeros(o_c.shape, dtype=tl.float32)
+    if BACK < K:
+        m_x = m_c & (i_t - BACK + tl.arange(0, 1) >= 0)
+        m_state = m_c & (i_t - BACK + tl.arange(0, 1) < 0)
+        p_state = state + o_c * (K - 1) + (K - 1 + i_t - BACK)
+        b_x += tl.load(x + (i_t - BACK) * X_ROW + o_c, mask=m_x, other=0).to(tl.float32)
+        b_x += tl.load(p_state, mask=m_state, other=0).to(tl.float32)
+    return b_x
+
+
+@triton.jit(do_not_specialize=["length", "blocks"])
+def conv_continued_kernel(
+    x,
+    weight,
+    bias,
+    state,
+    lens,
+    out,
+    length,
+    blocks,
+    RAGGED: tl.constexpr,
+    X_ROW: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """A block of positions of one row. The first, which alone reads the state, renews it too."""
+    i_p = tl.program_id(0).to(tl.int64)
+    o_c = (i_p % tl.cdiv(C, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_block = i_p // tl.cdiv(C, BLOCK_C)
+    i_row, i_first = i_block // blocks, (i_block % blocks) * ROWS
+    m_c, o_one = o_c < C, tl.arange(0, 1)
+    live = tl.zeros([1], tl.int64) + length
+    if RAGGED:
+        live = tl.load(lens + i_row + o_one).to(tl.int64)
+    x, out, state = (
+        x + i_row * length * X_ROW,
+        out + i_row * length * C,
+        state + i_row * C * (K - 1),
+    )
+    taps = _taps(weight, o_c, m_c, K)
+    b_bias = tl.load(bias + o_c, mask=m_c, other=0).to(tl.float32)
+    b_1 = _row_before(x, state, i_first, o_c, m_c, X_ROW, K, 1)
+    b_2 = _row_before(x, state, i_first, o_c, m_c, X_ROW, K, 2)
+    b_3 = _row_before(x, state, i_first, o_c, m_c, X_ROW, K, 3)
+    past, i_t = (b_1, b_2, b_3), i_first
+    for _ in range(0, ROWS, AHEAD):
+        rows = _rows_ahead(x + i_t * X_ROW + o_c, m_c, live - i_t, X_ROW, AHEAD)
+        for u in tl.static_range(AHEAD):
+            b_sum, window = _mix(rows[u], past, 0, 0, taps, b_bias, 0, False)
+            b_out = tl.where(i_t + u < live, silu(b_sum), 0.0)
+            m_row = m_c & (i_t + u + o_one < length)
+            tl.store(out + (i_t + u) * C + o_c, b_out.to(out.dtype.element_ty), mask=m_row)
+            past = (window[0], window[1], window[2])
+        i_t += AHEAD
+    if i_first == 0:
+        for k in tl.static_range(K - 1):
+            o_last = live - (K - 1) + k
+            b_last = tl.load(x + o_last * X_ROW + o_c, mask=m_c & (o_last >= 0), other=0)
+            b_last = tl.where(o_last == -1, b_1, b_last.to(tl.float32))
+            b_last = tl.where(o_last == -2, b_2, b_last)
+            b_last = tl.where(o_last == -3, b_3, b_last)
+            p_last = state + o_c * (K - 1) + k
+            tl.store(p_last, b_last.to(state.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
 def _backward_row(b_row, b_grad, i_0, past, ids, due, sums, taps, b_bias, B, CHECK: tl.constexpr):
     """One row on: what is known now of row t - 3, and past, ids, due and sums for the next row.
 
@@ -284,6 +355,47 @@ def conv_fwd(x: Tensor, weight: Tensor, bias: Tensor, sequence: Tensor, batch: i
         },
         {
             "X_ROW": x.stride(0),
+            "C": channels,
+            "K": weight.shape[-1],
+            "BLOCK_C": block_c,
+            "ROWS": rows,
+            "AHEAD": ahead,
+        },
+        num_warps=warps,
+    )
+    return out
+
+
+def conv_continued(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, lens: Tensor | None
+) -> Tensor:
+    """The convolution of rows x (batch, length, channels) that go on, out of slices of wider ones.
+
+    Pads come out as zeros.
+
+    state:  (batch, channels, taps - 1), contiguous: the rows before, oldest first; changes in place
+    lens:   int (batch,): positions of each row, on the left; None: all have `length`
+    """
+    batch, length, channels = x.shape
+    block_c, rows, ahead, warps = _FORWARD
+    blocks = triton.cdiv(length, rows)
+    out = x.new_empty(batch, length, channels)
+    launch(
+        conv_continued_kernel,
+        batch * blocks * triton.cdiv(channels, block_c),
+        {
+            "x": x,
+            "weight": weight.contiguous(),
+            "bias": bias.contiguous(),
+            "state": state,
+            "lens": state if lens is None else lens.contiguous(),
+            "out": out,
+            "length": length,
+            "blocks": blocks,
+        },
+        {
+            "RAGGED": lens is not None,
+            "X_ROW": x.stride(1),
             "C": channels,
             "K": weight.shape[-1],
             "BLOCK_C": block_c,

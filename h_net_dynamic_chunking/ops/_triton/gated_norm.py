@@ -27,6 +27,7 @@ def gated_norm_fwd_kernel(
     T,
     B,
     eps,
+    PACKED: tl.constexpr,
     Z_ROW: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -35,7 +36,9 @@ def gated_norm_fwd_kernel(
     i_t = tl.program_id(0).to(tl.int64) * ROWS
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    end = tl.load(cu + B).to(tl.int64)
+    end = tl.zeros([1], tl.int64) + T
+    if PACKED:
+        end = tl.load(cu + B).to(tl.int64)
     b_weight = tl.load(weight + o_d, mask=m_d, other=0).to(tl.float32)
     for _ in range(ROWS):
         o_t = i_t + tl.arange(0, 1)
@@ -126,8 +129,10 @@ def _warps(block: int, numbers: int) -> int:
     return max(1, min(16, block // (32 * numbers)))
 
 
-def gated_norm_fwd(y: Tensor, z: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor) -> Tensor:
-    """The normed rows in the dtype of y; z may be a slice."""
+def gated_norm_fwd(
+    y: Tensor, z: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The normed rows in the dtype of y; z may be a slice. cu_seqlens: None for no tail."""
     total, dim = y.shape
     rows, numbers = _FORWARD
     block = power_of_2(dim)
@@ -139,13 +144,19 @@ def gated_norm_fwd(y: Tensor, z: Tensor, weight: Tensor, eps: float, cu_seqlens:
             "y": y,
             "z": z,
             "weight": weight.contiguous(),
-            "cu": cu_seqlens.contiguous(),
+            "cu": out if cu_seqlens is None else cu_seqlens.contiguous(),
             "out": out,
             "T": total,
-            "B": len(cu_seqlens) - 1,
+            "B": 0 if cu_seqlens is None else len(cu_seqlens) - 1,
             "eps": eps,
         },
-        {"Z_ROW": z.stride(0), "D": dim, "BLOCK_D": block, "ROWS": rows},
+        {
+            "PACKED": cu_seqlens is not None,
+            "Z_ROW": z.stride(0),
+            "D": dim,
+            "BLOCK_D": block,
+            "ROWS": rows,
+        },
         num_warps=_warps(block, numbers),
     )
     return out

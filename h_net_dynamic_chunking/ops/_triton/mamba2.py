@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.causal_conv import conv_bwd, conv_fwd
+from h_net_dynamic_chunking.ops._triton.causal_conv import conv_bwd, conv_continued, conv_fwd
 from h_net_dynamic_chunking.ops._triton.gated_norm import gated_norm_bwd, gated_norm_fwd
 from h_net_dynamic_chunking.ops._triton.sequence_ids import sequence_ids
 from h_net_dynamic_chunking.ops._triton.ssd_backward import ssd_bwd
@@ -42,6 +42,32 @@ def mamba2_fwd(
     y, states = ssd_fwd(x, dt, -A_log.float().exp(), B, C, D, *division)
     y = y.flatten(1)
     return gated_norm_fwd(y, gate, norm_weight, eps, cu_seqlens), y, convolved, states
+
+
+def mamba2_continued(
+    projected: Tensor,
+    parameters: "Mamba2Parameters",
+    eps: float,
+    conv: Tensor,
+    state: Tensor,
+    lens: Tensor | None,
+) -> Tensor:
+    """The normed rows (batch, length, d_inner) of `projected` (batch, length, ...), which go on.
+
+    conv:   (batch, channels, taps - 1), contiguous: changes in place
+    state:  (batch, heads, head_dim, d_state), float32, contiguous: changes in place
+    lens:   int (batch,): positions of each row, on the left; None: all have `length`
+    """
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
+    gate, conv_in, raw = parameters.sizes.split(projected)
+    convolved = conv_continued(conv_in, conv_weight, conv_bias, conv, lens).flatten(0, 1)
+    # With dt = 0 a pad neither writes to the state nor decays it.
+    dt = time_step_fwd(raw.flatten(0, 1), dt_bias, None, lens)
+    x, B, C = parameters.sizes.split_conv(convolved)
+    A = -A_log.float().exp()
+    y, _ = ssd_fwd(x, dt, A, B, C, D, None, len(projected), initial=state, final=state)
+    gate = gate.flatten(0, 1)
+    return gated_norm_fwd(y.flatten(1), gate, norm_weight, eps, None).view(*projected.shape[:2], -1)
 
 
 def mamba2_bwd(

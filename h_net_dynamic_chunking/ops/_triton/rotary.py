@@ -26,12 +26,14 @@ _WARPS = 4
 @triton.jit(do_not_specialize=["T", "B", "length", "halvings"])
 def angles_kernel(
     cu,
+    first,
     cos_sin,
     T,
     B,
     length,
     halvings,
     PACKED: tl.constexpr,
+    FIRST: tl.constexpr,
     HALF: tl.constexpr,
     LOG2_BASE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,6 +45,8 @@ def angles_kernel(
         b_position = o_t - tl.load(cu + b_sequence).to(tl.int64)
     else:
         b_position = o_t % length
+        if FIRST:
+            b_position += tl.load(first + o_t // length, mask=o_t < T, other=0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     # In float64, because a position multiplies the error of its frequency.
     b_exponent = o_c.to(tl.float64) * (-LOG2_BASE / HALF)
@@ -78,7 +82,7 @@ def _move_heads(x, out, live, HEADS, HEAD_DIM, FIRST, BLOCK_H, BLOCK_C):
     tl.store(out + o_x, tl.load(x + o_x, mask=m_x & live, other=0), mask=m_x)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "length"])
 def rotary_kernel(
     q,
     k,
@@ -88,8 +92,11 @@ def rotary_kernel(
     v_out,
     cos_sin,
     cu,
+    lens,
     B,
+    length,
     PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
     SIGN: tl.constexpr,
     ROW_IN: tl.constexpr,
     ROW_OUT: tl.constexpr,
@@ -107,6 +114,8 @@ def rotary_kernel(
     live = tl.full([1], True, tl.int1)
     if PACKED:
         live = tl.zeros([1], tl.int64) + i_t < tl.load(cu + B).to(tl.int64)
+    if RAGGED:
+        live = tl.zeros([1], tl.int64) + i_t % length < tl.load(lens + i_t // length).to(tl.int64)
     i_in, i_out = i_t * ROW_IN, i_t * ROW_OUT
     o_v = tl.arange(0, BLOCK_V)
     m_v = o_v < HEADS * HEAD_DIM
@@ -135,7 +144,13 @@ def rotary_kernel(
 
 
 def _cos_sin(
-    rows: int, length: int, half: int, base: float, cu_seqlens: Tensor | None, cos_sin: Tensor
+    rows: int,
+    length: int,
+    half: int,
+    base: float,
+    cu_seqlens: Tensor | None,
+    first: Tensor | None,
+    cos_sin: Tensor,
 ) -> None:
     batch = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     launch(
@@ -143,6 +158,7 @@ def _cos_sin(
         cdiv(rows, _ANGLE_ROWS),
         {
             "cu": cos_sin if cu_seqlens is None else cu_seqlens,
+            "first": cos_sin if first is None else first.contiguous(),
             "cos_sin": cos_sin,
             "T": rows,
             "B": batch,
@@ -151,6 +167,7 @@ def _cos_sin(
         },
         {
             "PACKED": cu_seqlens is not None,
+            "FIRST": first is not None,
             "HALF": half,
             "LOG2_BASE": math.log2(base),
             "BLOCK": power_of_2(half),
@@ -166,6 +183,7 @@ def _move(
     cos_sin: Tensor,
     cu_seqlens: Tensor | None,
     sign: float,
+    lens: Tensor | None = None,
 ) -> None:
     """From (rows, heads, head_dim) to the same; only the strides of the rows may be any."""
     (rows, heads, head_dim), half = sources[0].shape, cos_sin.shape[-1]
@@ -177,10 +195,13 @@ def _move(
             **dict(zip(("q_out", "k_out", "v_out"), targets, strict=True)),
             "cos_sin": cos_sin,
             "cu": cos_sin if cu_seqlens is None else cu_seqlens,
+            "lens": cos_sin if lens is None else lens.contiguous(),
             "B": 0 if cu_seqlens is None else len(cu_seqlens) - 1,
+            "length": rows if lens is None else rows // len(lens),
         },
         {
             "PACKED": cu_seqlens is not None,
+            "RAGGED": lens is not None,
             "SIGN": sign,
             "ROW_IN": sources[0].stride(0),
             "ROW_OUT": targets[0].stride(0),
@@ -197,20 +218,30 @@ def _move(
 
 
 def rotary_fwd(
-    qkv: Tensor, heads: int, rotary_dim: int, base: float, cu_seqlens: Tensor | None
+    qkv: Tensor,
+    heads: int,
+    rotary_dim: int,
+    base: float,
+    cu_seqlens: Tensor | None,
+    first: Tensor | None = None,
+    lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v (..., heads, head_dim), and cosines and sines (..., 2, rotary_dim / 2)."""
+    """q, k, v (..., heads, head_dim), and cosines and sines (..., 2, rotary_dim / 2).
+
+    first:  int (batch,), with qkv (batch, length, ...): at which position a row starts; None: at 0
+    lens:   int (batch,), likewise: how many of its positions are no pads; None: all
+    """
     leading, width = qkv.shape[:-1], qkv.shape[-1] // 3
     rows, half = qkv.numel() // (3 * width), rotary_dim // 2
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     cos_sin = torch.empty((*leading, 2, half), dtype=torch.float32, device=qkv.device)
     if half:
-        _cos_sin(rows, qkv.shape[-2], half, base, cu_seqlens, cos_sin)
+        _cos_sin(rows, qkv.shape[-2], half, base, cu_seqlens, first, cos_sin)
     parts = qkv.contiguous().view(rows, 3, heads, width // heads).unbind(1)
     shape = (*leading, heads, width // heads)
     out = tuple(torch.empty(shape, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
     flat = tuple(part.view(rows, heads, -1) for part in out)
-    _move(parts, flat, cos_sin, cu_seqlens, 1.0)  # type: ignore[arg-type]  # three of them
+    _move(parts, flat, cos_sin, cu_seqlens, 1.0, lens)  # type: ignore[arg-type]  # three of them
     return (*out, cos_sin)  # type: ignore[return-value]
 
 

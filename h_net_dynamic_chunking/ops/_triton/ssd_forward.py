@@ -130,11 +130,12 @@ def ssd_fwd(
     A, D:           (heads,)
     B, C:           (total, N), as x
     cu:             cumulative lengths of the sequences if rows is 1, or None
-    initial, final: (rows, heads, N, P), float32: the state before, and (written) behind each row
+    initial, final: (rows, heads, P, N), float32: the state before, and (written) behind each row;
+                    may be one tensor
     """
     divided = divide(dt, A, cu, rows, x.dtype, continues=initial is not None)
     entering = segment_states(x, B, divided, back=False, initial=initial)
-    states = chunk_states(x, B, divided, entering, back=False, final=final)
+    states = chunk_states(x, B, divided, entering, back=False, initial=initial, final=final)
     y = x.new_empty(x.shape)
     for late in (True, False):
         _outputs(x, B, C, D, divided, states, y, late)

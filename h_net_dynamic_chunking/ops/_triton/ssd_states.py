@@ -54,6 +54,7 @@ def ssd_states_kernel(
     BACK: tl.constexpr,
     EACH: tl.constexpr,
     ENTERED: tl.constexpr,
+    INITIAL: tl.constexpr,
     FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -63,7 +64,8 @@ def ssd_states_kernel(
 ):
     """EACH: from what enters the segment, zeros if not ENTERED, store what enters each chunk and,
     FINAL, what leaves the last. Else, from zero, store what leaves the segment, and how much of
-    what enters passes."""
+    what enters passes. INITIAL: what enters is (P, N), as is what leaves the last, which may take
+    its place."""
     i_program = tl.program_id(0).to(tl.int64)
     i_h, i_rs = i_program % H, i_program // H
     i_row, i_s = i_rs // segments, (i_rs % segments).to(tl.int32)
@@ -71,7 +73,12 @@ def ssd_states_kernel(
     live = live_positions(cu, batch, length, PACKED)
     o_l, o_p, o_n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
     o_state = o_n[:, None] * P + o_p[None, :]
-    p_entering = entering + (i_rs * H + i_h) * (N * P) + o_state
+    o_outside = o_p[None, :] * N + o_n[:, None]
+    p_entering = entering + (i_rs * H + i_h) * (N * P)
+    if INITIAL:
+        p_entering += o_outside
+    else:
+        p_entering += o_state
     b_state = tl.zeros([N, P], tl.float32)
     if ENTERED:
         b_state += tl.load(p_entering)
@@ -106,9 +113,11 @@ def ssd_states_kernel(
     if not EACH:
         tl.store(p_entering, b_state)
         tl.store(passed + i_rs * H + i_h, through)
-    if FINAL:  # noqa: SIM102  # known to the compiler, which drops the rest
+    if FINAL:
+        # In the place of what entered, which other threads read.
+        tl.debug_barrier()
         if i_s == segments - 1:
-            tl.store(final + (i_row * H + i_h) * (N * P) + o_state, b_state)
+            tl.store(final + (i_row * H + i_h) * (N * P) + o_outside, b_state)
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -118,18 +127,19 @@ def ssd_carry_kernel(
     initial,
     segments,
     H: tl.constexpr,
+    P: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     BACK: tl.constexpr,
     INITIAL: tl.constexpr,
 ):
-    """In place: from what each segment adds to what enters it."""
+    """In place: from what each segment adds to what enters it. INITIAL: the first, by (P, N)."""
     i_program = tl.program_id(0).to(tl.int64)
     i_row, i_h = i_program // H, i_program % H
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b_state = tl.zeros([BLOCK], tl.float32)
     if INITIAL:
-        b_state += tl.load(initial + i_program * SIZE + o)
+        b_state += tl.load(initial + i_program * SIZE + (o % P) * (SIZE // P) + o // P)
     # Four at a time are on their way.
     for i in range(0, segments, 4):
         b_0, gate_0, p_0, m_0 = _segment(states, passed, i_row, i, i_h, o, segments, H, SIZE, BACK)
@@ -191,15 +201,15 @@ def segments_of(divided: Chunks) -> int:
 def segment_states(
     values: Tensor, keys: Tensor, divided: Chunks, *, back: bool, initial: Tensor | None = None
 ) -> Tensor | None:
-    """What enters each segment: (rows * segments, heads, N, P), float32; None if that is zeros.
+    """What enters each segment: (rows * segments, heads, N, P), float32; None for one a row.
 
     values:     (total, heads, P), of any stride between positions
     keys:       (total, N), likewise
-    initial:    (rows, heads, N, P), float32: what enters the first
+    initial:    (rows, heads, P, N), float32: what enters the first; None for zeros
     """
     segments = segments_of(divided)
     if segments == 1:
-        return initial
+        return None
     heads, (P, N) = divided.heads, (values.shape[-1], keys.shape[-1])
     entering = values.new_empty(divided.rows * segments, heads, N, P, dtype=torch.float32)
     passed = entering.new_empty(divided.rows * segments, heads)
@@ -216,6 +226,7 @@ def segment_states(
         },
         {
             "H": heads,
+            "P": P,
             "SIZE": N * P,
             "BLOCK": block,
             "BACK": back,
@@ -233,17 +244,29 @@ def chunk_states(
     entering: Tensor | None,
     *,
     back: bool,
+    initial: Tensor | None = None,
     final: Tensor | None = None,
 ) -> Tensor:
     """What enters each chunk, from what enters each segment: (rows * chunks, heads, N, P).
 
     Going back, a chunk is entered from behind. In the dtype of the values.
 
-    final:  (rows, heads, N, P), float32: (written) what leaves the last chunk
+    entering:  of `segment_states` with the same `initial`
+    final:     (rows, heads, P, N), float32: (written) what leaves the last chunk; may be `initial`
     """
     shape = divided.rows * divided.chunks, divided.heads, keys.shape[-1], values.shape[-1]
     states = values.new_empty(shape)
-    _walk(values, keys, divided, back, entering=entering, states=states, final=final)
+    one_segment = entering is None
+    _walk(
+        values,
+        keys,
+        divided,
+        back,
+        entering=initial if one_segment else entering,
+        is_initial=one_segment and initial is not None,
+        states=states,
+        final=final,
+    )
     return states
 
 
@@ -254,6 +277,7 @@ def _walk(
     back: bool,
     *,
     entering: Tensor | None,
+    is_initial: bool = False,
     passed: Tensor | None = None,
     states: Tensor | None = None,
     final: Tensor | None = None,
@@ -291,6 +315,7 @@ def _walk(
             "BACK": back,
             "EACH": states is not None,
             "ENTERED": states is not None and entering is not None,
+            "INITIAL": is_initial,
             "FINAL": final is not None,
             "PRECISION": precision(values.dtype),
             "STAGES": stages(values.dtype, STAGES),

@@ -19,21 +19,30 @@ def _tile(T, H, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
     return o_t, o_h, (o_t < T)[:, None] & (o_h < H)[None, :]
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "length"])
 def time_step_fwd_kernel(
     raw,
     bias,
     cu,
+    lens,
     dt,
     T,
     B,
+    length,
+    PACKED: tl.constexpr,
+    RAGGED: tl.constexpr,
     ROW: tl.constexpr,
     H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     o_t, o_h, m_tile = _tile(T, H, BLOCK_T, BLOCK_H)
-    m_live = m_tile & (o_t < tl.load(cu + B).to(tl.int64))[:, None]
+    m_live = m_tile
+    if PACKED:
+        m_live = m_live & (o_t < tl.load(cu + B).to(tl.int64))[:, None]
+    if RAGGED:
+        b_live = tl.load(lens + o_t // length, mask=o_t < T, other=0)
+        m_live = m_live & (o_t % length < b_live)[:, None]
     b_raw = tl.load(raw + o_t[:, None] * ROW + o_h[None, :], mask=m_live, other=0).to(tl.float32)
     b_bias = tl.load(bias + o_h, mask=o_h < H, other=0).to(tl.float32)
     b_dt = tl.where(m_live, softplus(b_raw + b_bias[None, :]), 0.0)
@@ -74,8 +83,14 @@ def _blocks(total: int, heads: int) -> tuple[int, dict[str, int]]:
     return triton.cdiv(total, block_t), {"H": heads, "BLOCK_T": block_t, "BLOCK_H": block_h}
 
 
-def time_step_fwd(raw: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Float32 (total, heads), zeros in the tail; raw (total, heads) may be a slice."""
+def time_step_fwd(
+    raw: Tensor, bias: Tensor, cu_seqlens: Tensor | None, lens: Tensor | None = None
+) -> Tensor:
+    """Float32 (total, heads), zeros in the tail and at pads; raw (total, heads) may be a slice.
+
+    cu_seqlens:  None for no tail
+    lens:        int (rows,), positions of each of so many rows, on the left; None for no pads
+    """
     total, heads = raw.shape
     dt = torch.empty(total, heads, dtype=torch.float32, device=raw.device)
     programs, blocks = _blocks(total, heads)
@@ -85,12 +100,20 @@ def time_step_fwd(raw: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
         {
             "raw": raw,
             "bias": bias.contiguous(),
-            "cu": cu_seqlens.contiguous(),
+            # What is None is not touched: dt stands in its place.
+            "cu": dt if cu_seqlens is None else cu_seqlens.contiguous(),
+            "lens": dt if lens is None else lens.contiguous(),
             "dt": dt,
             "T": total,
-            "B": len(cu_seqlens) - 1,
+            "B": 0 if cu_seqlens is None else len(cu_seqlens) - 1,
+            "length": total if lens is None else total // len(lens),
         },
-        {"ROW": raw.stride(0), **blocks},
+        {
+            "PACKED": cu_seqlens is not None,
+            "RAGGED": lens is not None,
+            "ROW": raw.stride(0),
+            **blocks,
+        },
         num_warps=4,
     )
     return dt
