@@ -101,8 +101,9 @@ class Positions:
             )
 
     def tighten(self) -> None:
-        """Read the bound from the positions."""
-        self.bound = int(self.seen.amax()) if self.seen.shape[0] else 0
+        """Read the bound from the positions, if there may be some."""
+        if self.bound:
+            self.bound = int(self.seen.amax()) if self.seen.shape[0] else 0
 
     def advance(self, by: Tensor | int, at_most: int, rows: Rows = ALL_ROWS) -> None:
         """Count `by`, int or int64 (rows,), more positions, which are `at_most` so many."""

@@ -6,7 +6,7 @@ network. Defaults are the paper's; what departs from it is an option that is off
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ from h_net_dynamic_chunking.ops.shared_linear import routed
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
 from h_net_dynamic_chunking.outputs import Outputs, hidden_states
 from h_net_dynamic_chunking.pooling import Pool, pool_groups
+
+
+class PendingRoute(NamedTuple):
+    """Where the router cuts, while the number of chunks is on its way to the host."""
+
+    tokens: Tensor
+    """(total, dim): packed."""
+    queries_keys: Tensor | None
+    """(total, 2 * dim_queries_keys): side by side. None unless asked for."""
+    probs: Tensor
+    """float32 (total,)."""
+    pending: PendingSegmentation
 
 
 class DynamicSequenceChunker(nn.Module):
@@ -232,8 +244,7 @@ class DynamicSequenceChunker(nn.Module):
         """
         layout = layout_of(tokens, lens, cu_seqlens, static=self.max_chunks is not None)
         if return_only_chunk_lens:
-            _, _, pending = self._route(tokens, layout, boundary_mask)
-            segmentation = pending.finish()
+            segmentation = self.route(tokens, layout, boundary_mask).pending.finish()
             chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
             return chunk_layout.unpack(segmentation.sum_over_chunks())
         outputs, record = self.run(tokens, layout, boundary_mask)
@@ -243,12 +254,12 @@ class DynamicSequenceChunker(nn.Module):
         self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None = None
     ) -> tuple[Outputs, Intermediates]:
         """`forward` for tokens whose layout is known already, as it is inside an HNet."""
-        packed, probs, pending = self._route(tokens, layout, boundary_mask)
+        packed, _, probs, pending = self.route(tokens, layout, boundary_mask)
         # Queued while the number of chunks is on its way to the host.
-        ahead = self._select_ahead(packed, pending)
+        ahead = self.select_ahead(packed, pending)
         loss, weighted_loss = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
         segmentation = pending.finish()
-        chunks = self._downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
+        chunks = self.downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
         chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
         given = boundary_mask is not None
         record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, loss, given)
@@ -258,15 +269,24 @@ class DynamicSequenceChunker(nn.Module):
 
         return Outputs(chunk_layout.unpack(chunks), upsample, weighted_loss), record
 
-    def _route(
-        self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, PendingSegmentation]:
-        """Packed tokens, the probability of a boundary at each, eq. (4), and where to cut."""
+    def route(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        boundary_mask: Tensor | None = None,
+        *,
+        with_keys: bool = False,
+    ) -> PendingRoute:
+        """The probability of a boundary at each token, eq. (4), and where to cut.
+
+        `with_keys` has the queries and keys returned, too, which otherwise may stay inside one node
+        of autograd.
+        """
         self._check(tokens, boundary_mask, layout)
-        packed, start_keys = layout.pack(tokens), None
+        packed, start_keys, queries_keys = layout.pack(tokens), None, None
         if self.start_key is not None:
             start_keys = self.start_key.expand(layout.batch, -1)
-        if self.pool == "select":
+        if self.pool == "select" and not with_keys:
             probs, packed = routed(packed, self.to_queries_keys, layout.cu_seqlens, start_keys)
         else:
             queries_keys = self.to_queries_keys(packed)
@@ -275,7 +295,8 @@ class DynamicSequenceChunker(nn.Module):
             asked = probs > self.boundary_threshold
         else:
             asked = layout.pack(boundary_mask)
-        return packed, probs, begin_segment(asked, layout.cu_seqlens, self.max_chunks)
+        pending = begin_segment(asked, layout.cu_seqlens, self.max_chunks)
+        return PendingRoute(packed, queries_keys, probs, pending)
 
     def _check(self, tokens: Tensor, boundary_mask: Tensor | None, layout: Layout) -> None:
         if not tokens.is_floating_point() or tokens.shape[-1] != self.dim:
@@ -301,7 +322,7 @@ class DynamicSequenceChunker(nn.Module):
                 f"got {flat.dtype} of shape {tuple(flat.shape)}"
             )
 
-    def _select_ahead(self, packed: Tensor, pending: PendingSegmentation) -> Tensor | None:
+    def select_ahead(self, packed: Tensor, pending: PendingSegmentation) -> Tensor | None:
         """The chunk vectors before their number is known, if they are not twice as many as aimed.
 
         That is room for 2 / `target_avg_token_length` of the tokens, which stays allocated.
@@ -311,7 +332,7 @@ class DynamicSequenceChunker(nn.Module):
         room = int(2 * packed.shape[0] / self.target_avg_token_length) + 1
         return pending.select_ahead(packed, room)
 
-    def _downsample(
+    def downsample(
         self,
         packed: Tensor,
         probs: Tensor,
@@ -319,6 +340,7 @@ class DynamicSequenceChunker(nn.Module):
         cu_seqlens: Tensor,
         ahead: Tensor | None,
     ) -> Tensor:
+        """The chunk vectors, packed (chunks, dim)."""
         if self.pool == "select":
             chunks = segmentation.select(packed, ahead)
         else:

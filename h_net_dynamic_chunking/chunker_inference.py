@@ -3,12 +3,14 @@
     route       eq. (4), against the key of the position before: which positions open a chunk?
     upsample    eq. (3) and (5) to (8): smoothing from the last chunk on, expansion, residual
 
-Each for any number of positions of each row, and as `_step` for one, with kernels of its own.
+Each for any number of positions of each row, which `open_chunks` puts together, and as `_step` for
+one, with kernels of its own.
 
 The inner network runs between routing and smoothing, on the chunks that were opened. Numbers are
 those of `DynamicSequenceChunker.forward` over whole sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.cache import Rows, check_cache_class, check_cache_tensor
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
+from h_net_dynamic_chunking.layout import Layout, layout_of_chunks, padded_view
 from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth, ema_smooth_step
-from h_net_dynamic_chunking.ops.expansion import expand_step
-from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.expansion import expand, expand_step
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype, cu_seqlens_from_lens
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels, linear_by_kernel
 
 
@@ -98,6 +101,102 @@ def check_chunker_cache(
     key_shape, smoothed_shape = (batch_size, width), (batch_size, chunker.dim)
     check_cache_tensor("previous_key", cache.previous_key, key_shape, dtype, device)
     check_cache_tensor("smoothed", cache.smoothed, smoothed_shape, wide, device)
+
+
+class NewChunks(NamedTuple):
+    """What some positions of each row open, on its way to the network and back."""
+
+    routed: Routed
+    vectors: Tensor
+    """(chunks, dim): of all rows, packed."""
+    layout: Layout
+    """Padded: of the chunks."""
+    upsample: Callable[[Tensor], Tensor]
+    """From what the network made of them, (chunks, dim), to what goes to the decoder, (rows,
+    length, dim). Call it once: the cache remembers the last of each row."""
+
+
+def open_chunks(
+    chunker: DynamicSequenceChunker,
+    x: Tensor,
+    layout: Layout,
+    cache: ChunkerCache,
+    rows: Rows,
+    given: Tensor | None,
+    *,
+    from_start: bool,
+) -> NewChunks:
+    """Cut the next positions x (rows, length, dim), length >= 1; updates `cache` in place.
+
+    Args:
+        chunker: whose projections and threshold.
+        x: what the encoder made of the positions.
+        layout: of x.
+        cache: of the chunker.
+        rows: of the cache.
+        given: bool (rows, length): boundaries to use in place of the router's.
+        from_start: whether it is known that no row has seen a position before. Then all is as in
+            the chunker's own forward, and on its kernels.
+    """
+    if from_start and rows.index is None and rows.active is None and chunker.max_chunks is None:
+        return _start(chunker, x, layout, cache, given)
+    lens = None if layout.inverse is None else layout.lens
+    routed = route(chunker, x, cache, lens, rows, given)
+    probs, opens = routed
+    vectors = x[opens]  # the host read
+    if chunker.multiply_by_prob:
+        vectors = vectors * probs[opens][:, None].to(vectors.dtype)
+    cu_chunks = cu_seqlens_from_lens(opens.sum(1))
+    chunk_layout = padded_view(Layout(cu_chunks, (len(vectors),)))
+    return NewChunks(
+        routed,
+        vectors,
+        chunk_layout,
+        lambda z: upsample(chunker, z, routed, x, cache, rows),
+    )
+
+
+def _start(
+    chunker: DynamicSequenceChunker,
+    x: Tensor,
+    layout: Layout,
+    cache: ChunkerCache,
+    given: Tensor | None,
+) -> NewChunks:
+    """`open_chunks` where all rows begin."""
+    packed, queries_keys, probs, pending = chunker.route(x, layout, given, with_keys=True)
+    assert queries_keys is not None
+    ahead = chunker.select_ahead(packed, pending)
+    _remember_keys(queries_keys.chunk(2, dim=-1)[1], layout, cache)
+    segmentation = pending.finish()
+    vectors = chunker.downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
+    cache.chunks.copy_(segmentation.cu_chunks.diff())
+
+    def to_positions(z: Tensor) -> Tensor:
+        smoothed, last = ema_smooth(
+            z.to(cache.smoothed.dtype),
+            _weights(chunker, segmentation.at_boundaries(probs)),
+            segmentation.cu_chunks,
+            weigh_input=_weighs(chunker),
+        )
+        cache.smoothed.copy_(last)
+        residual = None if chunker.residual_proj is None else chunker.residual(packed)
+        expanded = expand(smoothed, segmentation.chunk_of_position, residual=residual)
+        return layout.unpack(expanded.to(x.dtype))
+
+    routed = Routed(layout.unpack(probs), layout.unpack(segmentation.boundary_mask))
+    chunk_layout = layout_of_chunks(segmentation, layout, capped=False)
+    return NewChunks(routed, vectors, chunk_layout, to_positions)
+
+
+def _remember_keys(keys: Tensor, layout: Layout, cache: ChunkerCache) -> None:
+    """The last key of each row that has one; keys are packed (total, dim)."""
+    if layout.inverse is None:
+        cache.previous_key.copy_(keys.view(*layout.shape, -1)[:, -1])
+    elif len(keys):
+        last = keys[(layout.cu_seqlens[1:] - 1).clamp(min=0)].to(cache.previous_key.dtype)
+        has_one = (layout.lens > 0)[:, None]
+        cache.previous_key.copy_(last.where(has_one, cache.previous_key))
 
 
 def route(

@@ -22,8 +22,8 @@ from h_net_dynamic_chunking import chunker_inference, step_module
 from h_net_dynamic_chunking.boundary_masks import check_mask, check_masks, padded_masks
 from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows, check_cache_class
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
-from h_net_dynamic_chunking.chunker_inference import ChunkerCache, Routed
-from h_net_dynamic_chunking.layout import Layout, check_lens, padded_view
+from h_net_dynamic_chunking.chunker_inference import ChunkerCache, NewChunks, Routed
+from h_net_dynamic_chunking.layout import Layout, check_lens, layout_of
 from h_net_dynamic_chunking.outputs import hidden_states
 from h_net_dynamic_chunking.sequence_module import unwrapped
 
@@ -292,58 +292,61 @@ class HNetInference(nn.Module):
         if x.shape[1] == 0:
             nothing = x.new_zeros(x.shape[:2], dtype=torch.float32)
             return HNetStep(x, (Decision(nothing, nothing.bool()),) * self.num_stages)
-        return self._extend_stage(x, cache, lens, rows, boundary_masks)
+        return self.extend_stage(x, cache, layout_of(x, lens), rows, boundary_masks)
 
-    def _extend_stage(
+    def extend_stage(
         self,
         x: Tensor,
         cache: HNetCache,
-        lens: Tensor | None,
+        layout: Layout,
         rows: Rows,
         boundary_masks: Sequence[Tensor | None],
     ) -> HNetStep:
+        """`extend` for x of a padded layout that is known, and what fits together, as checked."""
         here, *deeper = boundary_masks or (None,)
-        check_mask(here, x.shape[:2])
-        x = x if lens is None else _zero_behind(x, lens)
+        check_mask(here, layout.shape)
+        lens = _lens(layout)
+        x = x if lens is None else x.where(layout.mask[..., None], 0)
         encoded = self._extend("encoder", x, cache.encoder, lens, rows)
         chunker_inference.check_encoded(self.chunker, encoded)
-        routed = chunker_inference.route(self.chunker, encoded, cache.chunker, lens, rows, here)
-        z, inner = self._extend_network(encoded, routed, cache, rows, deeper)
-        expanded = chunker_inference.upsample(self.chunker, z, routed, encoded, cache.chunker, rows)
-        decoded = self._extend("decoder", expanded, cache.decoder, lens, rows)
+        new = chunker_inference.open_chunks(
+            self.chunker,
+            encoded,
+            layout,
+            cache.chunker,
+            rows,
+            here,
+            from_start=cache.positions.bound == 0,
+        )
+        z, inner = self._extend_network(new, cache, rows, deeper)
+        decoded = self._extend("decoder", new.upsample(z), cache.decoder, lens, rows)
         cache.positions.advance(x.shape[1] if lens is None else lens, x.shape[1], rows)
-        return HNetStep(decoded, (Decision(*routed), *inner))
+        return HNetStep(decoded, (Decision(*new.routed), *inner))
 
     def _extend_network(
         self,
-        encoded: Tensor,
-        routed: Routed,
+        new: NewChunks,
         cache: HNetCache,
         rows: Rows,
         boundary_masks: Sequence[Tensor | None],
     ) -> tuple[Tensor, tuple[Decision, ...]]:
         """What the network makes of the new chunks, packed (chunks, dim), and what it decided."""
-        probs, opens = routed
-        counts = opens.sum(1)
-        chunks = encoded[opens]  # the host read
-        if self.chunker.multiply_by_prob:
-            chunks = chunks * probs[opens][:, None].to(chunks.dtype)
+        chunks, layout = new.vectors, new.layout
         if not len(chunks):
-            return chunks, self._no_decisions((len(opens), 0), probs)
-        cu_chunks = nn.functional.pad(counts.cumsum(0), (1, 0))
-        packed = Layout(cu_chunks, (len(chunks),))
-        padded = padded_view(packed)
+            probs = new.routed.probs
+            return chunks, self._no_decisions((len(probs), 0), probs)
         if boundary_masks and boundary_masks[0] is not None and boundary_masks[0].ndim == 1:
-            boundary_masks = padded_masks(boundary_masks, packed, padded)
-        chunks = padded.unpack(self.width_in(chunks))
+            packed = Layout(layout.cu_seqlens, (len(chunks),))
+            boundary_masks = padded_masks(boundary_masks, packed, layout)
+        chunks = layout.unpack(self.width_in(chunks))
         stages: tuple[Decision, ...] = ()
         inner = self._inner
         if inner is not None:
-            result = inner._extend_stage(chunks, cache.network, counts, rows, boundary_masks)
+            result = inner.extend_stage(chunks, cache.network, layout, rows, boundary_masks)
             stages, z = result.stages, result.output
         else:
-            z = self._extend("network", chunks, cache.network, counts, rows)
-        return self.width_out(padded.pack(z)), stages
+            z = self._extend("network", chunks, cache.network, _lens(layout), rows)
+        return self.width_out(layout.pack(z)), stages
 
     def _step(self, name: str, x: Tensor, cache: Any, rows: Rows) -> Tensor:
         return hidden_states(step_module.step(name, getattr(self, name), x, cache, rows), name)
@@ -393,7 +396,6 @@ def _check_ndim(x: Tensor, ndim: int, wanted: str) -> None:
         raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
 
 
-def _zero_behind(x: Tensor, lens: Tensor) -> Tensor:
-    """x (rows, length, dim) with zeros behind the real positions, whatever stands there."""
-    real = torch.arange(x.shape[1], device=x.device) < lens[:, None]
-    return x.where(real[..., None], 0)
+def _lens(layout: Layout) -> Tensor | None:
+    """int64 (rows,): positions of each row of a padded layout; None where there are no pads."""
+    return None if layout.inverse is None else layout.lens

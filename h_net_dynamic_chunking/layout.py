@@ -129,16 +129,19 @@ def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) ->
     if not outer.padded:
         most = segmentation.most_chunks
         return Layout(cu_chunks, (chunks,), jagged=outer.jagged, has_tail=capped, max_seqlen=most)
+    return _grid_layout(cu_chunks, segmentation.most_chunks, chunks, static=capped)
+
+
+def _grid_layout(cu_seqlens: Tensor, length: int, total: int, static: bool = False) -> Layout:
+    """The layout of sequences of which each has a padded row of this length.
+
+    `static` says that `total` is room, which may not be filled.
+    """
     # A compiler does not know the sizes, and so not whether there are pads.
-    if not capped and not torch.compiler.is_compiling():
-        shape = (outer.batch, segmentation.most_chunks)
-        if shape[0] * shape[1] == chunks:
-            return Layout(cu_chunks, shape)
-    return _grid_layout(cu_chunks, segmentation.most_chunks, chunks)
-
-
-def _grid_layout(cu_seqlens: Tensor, length: int, total: int) -> Layout:
-    """The layout of sequences of which each has a padded row of this length."""
+    if not static and not torch.compiler.is_compiling():
+        shape = (cu_seqlens.shape[0] - 1, length)
+        if shape[0] * shape[1] == total:
+            return Layout(cu_seqlens, shape)
     index, inverse = padded_places(cu_seqlens, length, total)
     return Layout(cu_seqlens, (cu_seqlens.shape[0] - 1, length), index, inverse)
 
@@ -184,7 +187,7 @@ def _ragged_layout(tokens: Tensor, lens: Tensor, static: bool) -> Layout:
     check_lens(lens, batch, length)
     cu_seqlens = cu_seqlens_from_lens(lens.to(tokens.device))
     total = batch * length if static else int(lens.sum())
-    return _grid_layout(cu_seqlens, length, total)
+    return _grid_layout(cu_seqlens, length, total, static)
 
 
 def check_lens(lens: Tensor, batch: int, length: int) -> None:

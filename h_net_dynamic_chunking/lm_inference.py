@@ -119,7 +119,7 @@ class LMInference(nn.Module):
         stages: tuple[Decision, ...] = ()
         stack = self._stack
         if isinstance(stack, HNetInference):
-            result = stack.extend(x, cache.backbone, counts, rows, boundary_masks=masks)
+            result = stack.extend_stage(x, cache.backbone, padded, rows, masks)
             hidden, stages = result.output, result.stages
         else:
             hidden = stack.extend(x, cache.backbone, counts, rows)

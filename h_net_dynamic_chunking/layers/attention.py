@@ -265,9 +265,34 @@ class CausalAttention(nn.Module):
         rows, length = q.shape[:2]
         if not length or not self._varlen_can_run(q):
             return self._attend(q, k, v)
+        if not torch.is_grad_enabled():
+            return self._attend_without_gradients(q, k, v)
         ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=q.device)
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
         return self._attend_varlen(q, k, v, ends, length).view(rows, length, *q.shape[1:])
+
+    def _attend_without_gradients(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What `varlen_attn` calls, without the host's time for an operation in Python.
+
+        And, unlike `scaled_dot_product_attention`, never a kernel that is planned for each length.
+        """
+        length = q.shape[1]
+        window = -1 if self._sees_all(length) else self.window_size
+        mixed, *_ = torch.ops.aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            None,
+            None,
+            length,
+            length,
+            0.0,
+            window == -1,
+            False,
+            window_size_left=window,
+            window_size_right=0,
+        )
+        return cast(Tensor, mixed)
 
     def _attend_to_history(
         self,

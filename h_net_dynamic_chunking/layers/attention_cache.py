@@ -79,11 +79,17 @@ class AttentionCache:
         self.positions.tighten()
         needed = min(self.positions.bound + new, self.positions.limit)
         if needed > self.slots:
-            more = min(max(needed, 2 * self.slots), self.positions.limit) - self.slots
+            slots = min(max(needed, 2 * self.slots), self.positions.limit)
             self.keys, self.values = (
-                torch.cat((old, old.new_zeros(old.shape[0], more, *old.shape[2:])), dim=1)
-                for old in (self.keys, self.values)
+                self._with_slots(old, slots) for old in (self.keys, self.values)
             )
+
+    def _with_slots(self, old: Tensor, slots: int) -> Tensor:
+        """The keys, or the values, in so many slots."""
+        if self.positions.bound == 0:
+            return old.new_zeros(old.shape[0], slots, *old.shape[2:])
+        more = old.new_zeros(old.shape[0], slots - old.shape[1], *old.shape[2:])
+        return torch.cat((old, more), dim=1)
 
     @property
     def _in_use(self) -> int:
