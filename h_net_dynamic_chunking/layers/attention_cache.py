@@ -46,10 +46,10 @@ class AttentionCache:
         """
         ring = window_size != -1 and window_size < max_seqlen
         slots = window_size + 1 if ring else min(max_seqlen, _FIRST_SLOTS)
-        shape = (batch_size, slots, *heads)
+        keys, values = like.new_zeros(2, batch_size, slots, *heads, dtype=dtype)  # in one launch
         return cls(
-            keys=like.new_zeros(shape, dtype=dtype),
-            values=like.new_zeros(shape, dtype=dtype),
+            keys=keys,
+            values=values,
             positions=Positions(
                 like.new_zeros(batch_size, dtype=torch.int64), None if ring else max_seqlen
             ),
@@ -80,16 +80,14 @@ class AttentionCache:
         needed = min(self.positions.bound + new, self.positions.limit)
         if needed > self.slots:
             slots = min(max(needed, 2 * self.slots), self.positions.limit)
+            batch_size, _, *heads = self.keys.shape
+            if self.positions.bound == 0:
+                self.keys, self.values = self.keys.new_zeros(2, batch_size, slots, *heads)
+                return
+            more = self.keys.new_zeros(batch_size, slots - self.slots, *heads)
             self.keys, self.values = (
-                self._with_slots(old, slots) for old in (self.keys, self.values)
+                torch.cat((old, more), dim=1) for old in (self.keys, self.values)
             )
-
-    def _with_slots(self, old: Tensor, slots: int) -> Tensor:
-        """The keys, or the values, in so many slots."""
-        if self.positions.bound == 0:
-            return old.new_zeros(old.shape[0], slots, *old.shape[2:])
-        more = old.new_zeros(old.shape[0], slots - old.shape[1], *old.shape[2:])
-        return torch.cat((old, more), dim=1)
 
     @property
     def _in_use(self) -> int:

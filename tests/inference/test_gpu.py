@@ -9,6 +9,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking import HNetLM, generate
 from h_net_dynamic_chunking.ops.backend import Backend, use_backend
+from tests.chunker.test_host_reads import host_reads
 from tests.inference.models import CONFIGS, random_ids, random_model
 from tests.inference.test_parity import feed
 
@@ -159,6 +160,19 @@ def test_a_device_that_is_not_the_current_one(plan: str) -> None:
     assert float((got.cpu() - want).abs().max()) < 1e-4
     texts = generate(model, ["a", "bc"], 64, temperature=0, eos=False, plan=plan)
     assert [len(text) for text in texts] == [64, 64]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_stops_the_host_once_a_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the 256 slots that attention begins with; lengths are read once more."""
+    model, ids = gpu_model(name, torch.float32).bfloat16(), random_ids(3, 700).cuda()
+    lens = torch.tensor([700, 0, 300], device="cuda")
+
+    def read(**lengths: Tensor) -> None:
+        model(ids, inference_params=model.allocate_inference_cache(3, 700), **lengths)
+
+    assert host_reads(read, monkeypatch) == model.config.stages
+    assert host_reads(lambda: read(lens=lens), monkeypatch) == model.config.stages + 1
 
 
 def test_a_row_alone_gives_the_row_in_a_batch() -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, sigmoid, silu
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch, sigmoid, silu
 
 # Rows that can be kept: a convolution of more taps goes to torch.
 MAX_TAPS = 4
@@ -343,7 +343,7 @@ def conv_fwd(x: Tensor, weight: Tensor, bias: Tensor, sequence: Tensor, batch: i
     out = x.new_empty(total, channels)
     launch(
         conv_fwd_kernel,
-        triton.cdiv(total, rows) * triton.cdiv(channels, block_c),
+        cdiv(total, rows) * cdiv(channels, block_c),
         {
             "x": x,
             "weight": weight.contiguous(),
@@ -378,11 +378,11 @@ def conv_continued(
     """
     batch, length, channels = x.shape
     block_c, rows, ahead, warps = _FORWARD
-    blocks = triton.cdiv(length, rows)
+    blocks = cdiv(length, rows)
     out = x.new_empty(batch, length, channels)
     launch(
         conv_continued_kernel,
-        batch * blocks * triton.cdiv(channels, block_c),
+        batch * blocks * cdiv(channels, block_c),
         {
             "x": x,
             "weight": weight.contiguous(),
@@ -420,11 +420,11 @@ def conv_bwd(
     total, channels = x.shape
     taps = weight.shape[-1]
     block_c, rows, ahead, warps = _BACKWARD
-    blocks = triton.cdiv(total, rows)
+    blocks = cdiv(total, rows)
     partial = torch.empty(blocks, taps + 1, channels, dtype=torch.float32, device=x.device)
     launch(
         conv_bwd_kernel,
-        blocks * triton.cdiv(channels, block_c),
+        blocks * cdiv(channels, block_c),
         {
             "grad": grad,
             "x": x,

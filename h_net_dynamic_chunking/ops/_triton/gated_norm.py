@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2, sigmoid, silu
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch, power_of_2, sigmoid, silu
 
 # Widest row that is kept in registers.
 MAX_DIM = 8192
@@ -139,7 +139,7 @@ def gated_norm_fwd(
     out = torch.empty_like(y)
     launch(
         gated_norm_fwd_kernel,
-        triton.cdiv(total, rows),
+        cdiv(total, rows),
         {
             "y": y,
             "z": z,
@@ -174,7 +174,7 @@ def gated_norm_bwd(
     """Write the gradient of z to `grad_z`, which may be a slice; return those of y and weight."""
     total, dim = y.shape
     rows, numbers, ahead = _BACKWARD
-    block, blocks = power_of_2(dim), triton.cdiv(total, rows)
+    block, blocks = power_of_2(dim), cdiv(total, rows)
     grad_y = torch.empty_like(y)
     partial = torch.empty(blocks, dim, dtype=torch.float32, device=y.device)
     launch(

@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import halvings, launch, power_of_2, sequence_of
+from h_net_dynamic_chunking.ops._triton.common import (
+    cdiv,
+    halvings,
+    launch,
+    power_of_2,
+    sequence_of,
+)
 from h_net_dynamic_chunking.ops.ssd import KERNEL_CHUNK_SIZE
 
 # The start of a sequence that positions of none have: no position is at or behind it.
@@ -133,7 +139,7 @@ def divide(
     """
     total, heads = dt.shape
     length, size = total // max(rows, 1), chunk_size(dtype)
-    chunks = triton.cdiv(length, size)
+    chunks = cdiv(length, size)
     out_dt = torch.empty(rows * chunks, heads, size, dtype=torch.float32, device=dt.device)
     start = torch.empty(rows * chunks, size, dtype=torch.int32, device=dt.device)
     cu = None if cu is None else cu.contiguous()
@@ -141,7 +147,7 @@ def divide(
     block = min(32, power_of_2(heads))
     launch(
         ssd_chunks_kernel,
-        (rows * chunks, triton.cdiv(heads, block)),
+        (rows * chunks, cdiv(heads, block)),
         {
             "p_dt": dt,
             "p_A": A,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch
 from h_net_dynamic_chunking.ops._triton.ssd_chunks import (
     Chunks,
     divide,
@@ -153,10 +153,10 @@ def _outputs(
     late: bool,
 ) -> None:
     blocks, heads = states.shape[:2]
-    per_group = triton.cdiv(heads, max(1, min(PROGRAMS // max(blocks, 1), heads)))
+    per_group = cdiv(heads, max(1, min(PROGRAMS // max(blocks, 1), heads)))
     launch(
         ssd_output_kernel,
-        (blocks, triton.cdiv(heads, per_group)),
+        (blocks, cdiv(heads, per_group)),
         {
             "x": x,
             "B": B,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch
 from h_net_dynamic_chunking.ops._triton.ssd_chunks import (
     Chunks,
     live_positions,
@@ -217,7 +217,7 @@ def segment_states(
     block = min(_BLOCK, N * P)
     launch(
         ssd_carry_kernel,
-        (divided.rows * heads, triton.cdiv(N * P, block)),
+        (divided.rows * heads, cdiv(N * P, block)),
         {
             "states": entering,
             "passed": passed,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops._triton.common import launch, power_of_2
+from h_net_dynamic_chunking.ops._triton.common import cdiv, launch, power_of_2
 from h_net_dynamic_chunking.ops._triton.state_step import softplus
 
 # Numbers of a program.
@@ -80,7 +80,7 @@ def time_step_bwd_kernel(
 def _blocks(total: int, heads: int) -> tuple[int, dict[str, int]]:
     block_h = power_of_2(heads)
     block_t = max(1, _BLOCK // block_h)
-    return triton.cdiv(total, block_t), {"H": heads, "BLOCK_T": block_t, "BLOCK_H": block_h}
+    return cdiv(total, block_t), {"H": heads, "BLOCK_T": block_t, "BLOCK_H": block_h}
 
 
 def time_step_fwd(
