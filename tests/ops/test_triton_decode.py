@@ -366,7 +366,7 @@ def test_attention(
     slots = cache.keys.shape[1]
     last = 3 * slots if cache.ring else slots - 1
     cache.position.copy_(torch.linspace(last, 0, rows).long())
-    cache.positions.tighten()
+    cache.positions.bound = last
     for seed, tensor in enumerate((cache.keys, cache.values)):
         tensor.copy_(numbers(*tensor.shape, seed=seed + 5, dtype=dtype))
     x = numbers(rows, 2 * head_dim, dtype=dtype)
