@@ -140,8 +140,7 @@ def open_chunks(
     """
     if from_start and rows.index is None and rows.active is None and chunker.max_chunks is None:
         return _start(chunker, x, layout, cache, given)
-    lens = None if layout.inverse is None else layout.lens
-    routed = route(chunker, x, cache, lens, rows, given)
+    routed = route(chunker, x, cache, layout.lens_if_ragged, rows, given)
     probs, opens = routed
     vectors = x[opens]  # the host read
     if chunker.multiply_by_prob:

@@ -305,7 +305,7 @@ class HNetInference(nn.Module):
         """`extend` for x of a padded layout that is known, and what fits together, as checked."""
         here, *deeper = boundary_masks or (None,)
         check_mask(here, layout.shape)
-        lens = _lens(layout)
+        lens = layout.lens_if_ragged
         x = x if lens is None else x.where(layout.mask[..., None], 0)
         encoded = self._extend("encoder", x, cache.encoder, lens, rows)
         chunker_inference.check_encoded(self.chunker, encoded)
@@ -345,7 +345,7 @@ class HNetInference(nn.Module):
             result = inner.extend_stage(chunks, cache.network, layout, rows, boundary_masks)
             stages, z = result.stages, result.output
         else:
-            z = self._extend("network", chunks, cache.network, _lens(layout), rows)
+            z = self._extend("network", chunks, cache.network, layout.lens_if_ragged, rows)
         return self.width_out(layout.pack(z)), stages
 
     def _step(self, name: str, x: Tensor, cache: Any, rows: Rows) -> Tensor:
@@ -394,8 +394,3 @@ def spread(decision: Decision, index: Tensor, count: int) -> Decision:
 def _check_ndim(x: Tensor, ndim: int, wanted: str) -> None:
     if x.ndim != ndim:
         raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
-
-
-def _lens(layout: Layout) -> Tensor | None:
-    """int64 (rows,): positions of each row of a padded layout; None where there are no pads."""
-    return None if layout.inverse is None else layout.lens

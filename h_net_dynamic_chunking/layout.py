@@ -55,6 +55,11 @@ class Layout:
         return self.cu_seqlens.diff().to(torch.int64)
 
     @property
+    def lens_if_ragged(self) -> Tensor | None:
+        """`lens` of a padded layout; None where there are no pads."""
+        return None if self.inverse is None else self.lens
+
+    @property
     def mask(self) -> Tensor:
         """bool, of the leading shape: True at real positions."""
         if self.inverse is not None:

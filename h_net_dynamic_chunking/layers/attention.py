@@ -27,6 +27,7 @@ from h_net_dynamic_chunking.layers._checks import (
 )
 from h_net_dynamic_chunking.layers._packed import longest
 from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
+from h_net_dynamic_chunking.ops.packing import cu_seqlens_of_rows
 from h_net_dynamic_chunking.ops.rotary import rotary, rotary_from, rotate
 from h_net_dynamic_chunking.ops.tail import zero_tail
 
@@ -267,7 +268,7 @@ class CausalAttention(nn.Module):
             return self._attend(q, k, v)
         if not torch.is_grad_enabled():
             return self._attend_without_gradients(q, k, v)
-        ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=q.device)
+        ends = cu_seqlens_of_rows(q)
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
         return self._attend_varlen(q, k, v, ends, length).view(rows, length, *q.shape[1:])
 
