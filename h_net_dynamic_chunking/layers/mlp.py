@@ -6,7 +6,7 @@ The second half of fc1 is the gate, as in the official checkpoints. No biases.
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.layers._checks import check_sizes
-from h_net_dynamic_chunking.ops.swiglu import swiglu
+from h_net_dynamic_chunking.ops.swiglu_linear import swiglu_linear
 
 # Widths are rounded up to this, the official choice: whole tiles of a GPU's matrix units.
 _WIDTH_MULTIPLE = 128
@@ -38,6 +38,9 @@ class SwiGLU(nn.Module):
     Raises:
         ValueError: a size below 1, an input of another width.
 
+    Where gradients are wanted, `fc2` holds a weight for one operation with the gate and is not
+    called, unless somebody has replaced it, changed it or watches it with hooks.
+
     >>> mlp = SwiGLU(1024)
     >>> mlp.fc1.weight.shape, mlp.fc2.weight.shape
     (torch.Size([5632, 1024]), torch.Size([1024, 2816]))
@@ -54,5 +57,4 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.d_model,):
             raise ValueError(f"x must have shape (..., {self.d_model}), got {tuple(x.shape)}")
-        projected: Tensor = self.fc2(swiglu(self.fc1(x)))
-        return projected
+        return swiglu_linear(self.fc1(x), self.fc2)

@@ -1,6 +1,9 @@
 """Whether a module does what its class says, so that an operation may take its weights instead."""
 
-from torch import nn
+from torch import Tensor, nn
+
+from h_net_dynamic_chunking.ops.packing import autocast_dtype
+from h_net_dynamic_chunking.ops.registration import PLAIN
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -15,4 +18,15 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+    )
+
+
+def is_product(linear: nn.Linear, x: Tensor) -> bool:
+    """Whether a linear layer is a product with its weight and nothing else, in the dtype of x."""
+    return (
+        is_plain(linear, nn.Linear)
+        and linear.bias is None
+        and type(x) in PLAIN
+        and type(linear.weight) in PLAIN
+        and x.dtype == (autocast_dtype(x) or linear.weight.dtype)
     )

@@ -18,14 +18,14 @@ from h_net_dynamic_chunking.ops.boundary import (
     _boundary_probability_backward,
     boundary_probability_of_pairs,
 )
-from h_net_dynamic_chunking.ops.packing import autocast_dtype, check_cu_seqlens
-from h_net_dynamic_chunking.ops.plain import is_plain
-from h_net_dynamic_chunking.ops.registration import PLAIN, is_watched
+from h_net_dynamic_chunking.ops.packing import check_cu_seqlens
+from h_net_dynamic_chunking.ops.plain import is_product
+from h_net_dynamic_chunking.ops.registration import is_watched
 
 
 def shared_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """`linear(x)` for x (total, in), and x for whatever else uses it."""
-    if not (x.requires_grad and torch.is_grad_enabled()) or not _is_plain(x, linear):
+    if not (x.requires_grad and torch.is_grad_enabled()) or not _is_fit(x, linear):
         return linear(x), x
     y: Tensor
     y, x = _SharedLinear.apply(x, linear.weight.to(x.dtype))  # type: ignore[no-untyped-call]  # torch's
@@ -37,7 +37,7 @@ def routed(
 ) -> tuple[Tensor, Tensor]:
     """`boundary_probability_of_pairs(linear(x), ...)`, and x for whatever else uses it."""
     tracked = x.requires_grad and torch.is_grad_enabled()
-    if start_key is not None or not tracked or not _is_plain(x, linear):
+    if start_key is not None or not tracked or not _is_fit(x, linear):
         queries_keys, x = shared_linear(x, linear)
         return boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key), x
     check_cu_seqlens(cu_seqlens)
@@ -46,17 +46,9 @@ def routed(
     return p, x
 
 
-def _is_plain(x: Tensor, linear: nn.Linear) -> bool:
-    """Whether the layer is a product and nothing else, in the dtype of x."""
-    return (
-        is_plain(linear, nn.Linear)
-        and linear.bias is None
-        and x.dtype == (autocast_dtype(x) or linear.weight.dtype)
-        and type(x) in PLAIN
-        and type(linear.weight) in PLAIN
-        and not torch.compiler.is_compiling()
-        and not is_watched()
-    )
+def _is_fit(x: Tensor, linear: nn.Linear) -> bool:
+    """Whether the nodes below may stand for the layer: it is a product, and nobody looks on."""
+    return is_product(linear, x) and not torch.compiler.is_compiling() and not is_watched()
 
 
 class _SharedLinear(torch.autograd.Function):

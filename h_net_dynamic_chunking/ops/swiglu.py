@@ -28,11 +28,16 @@ def swiglu(x: Tensor) -> Tensor:
     >>> swiglu(torch.tensor([2.0, 3.0, 0.0, 20.0]))
     tensor([ 0., 60.])
     """
+    check_halves(x)
+    out: Tensor = _swiglu(x)
+    return out
+
+
+def check_halves(x: Tensor) -> None:
+    """Raise ValueError unless x is as the contract has it."""
     check_float("x", x)
     if x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension, got {tuple(x.shape)}")
-    out: Tensor = _swiglu(x)
-    return out
 
 
 @operation("swiglu")
@@ -67,6 +72,18 @@ def _swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
 @_swiglu_backward.register_fake
 def _(grad: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def gradient_and_result(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and the result again, which may take the place of `grad`, contiguous.
+
+    Without autograd, inside an operation.
+    """
+    if uses_triton(x):
+        from h_net_dynamic_chunking.ops._triton.swiglu import swiglu_bwd
+
+        return swiglu_bwd(grad, x, again=True), grad
+    return _swiglu_backward(grad, x), _swiglu(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

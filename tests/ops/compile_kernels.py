@@ -217,6 +217,7 @@ def call_layers(x: Tensor, cu_seqlens: Tensor) -> None:
     rms_norm.add_rms_norm_bwd(h, x, h, w, 1e-5, cu_seqlens, torch.float32, dtype)
     swiglu.swiglu_fwd(x)
     swiglu.swiglu_bwd(x[:, :150], x)
+    swiglu.swiglu_bwd(x[:, :150].contiguous(), x, again=True)
     q, k, v, cos_sin = rotary.rotary_fwd(x, 4, 12, 10000.0, cu_seqlens)
     rotary.rotary_bwd(q, k, v, cos_sin, cu_seqlens)
     first, lens, rows = cu_seqlens[:2], cu_seqlens[1:], x.unflatten(0, (2, -1))

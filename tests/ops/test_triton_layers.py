@@ -9,6 +9,7 @@ from h_net_dynamic_chunking.ops.cross_entropy import summed_cross_entropy
 from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
 from h_net_dynamic_chunking.ops.rotary import rotary
 from h_net_dynamic_chunking.ops.swiglu import swiglu
+from h_net_dynamic_chunking.ops.swiglu_linear import _swiglu_linear
 from tests.ops.test_layer_ops import both, joined, some_labels, weight
 from tests.ops.triton_cases import DEVICE, assert_kernels_agree
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
@@ -73,6 +74,28 @@ def test_swiglu(total: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None
     for block in (kernels._BLOCK, 8):
         monkeypatch.setattr(kernels, "_BLOCK", block)
         assert_kernels_agree(swiglu, randn(total, 2 * width))
+
+
+@pytest.mark.parametrize(("total", "width"), [(1, 1), (5, 24), (2, 1500)])
+def test_swiglu_linear(total: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from h_net_dynamic_chunking.ops._triton import swiglu as kernels
+
+    for block in (kernels._BLOCK, 8):
+        monkeypatch.setattr(kernels, "_BLOCK", block)
+        x, w = randn(total, 2 * width), randn(7, width, seed=1)
+        assert_kernels_agree(_swiglu_linear, x, w, low_precision=total > 2)
+
+
+def test_swiglu_again_is_swiglu() -> None:
+    """To the last bit, where the gradient has been; the gradient of x does not depend on it."""
+    from h_net_dynamic_chunking.ops._triton.swiglu import swiglu_bwd, swiglu_fwd
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = randn(40, 600, device=DEVICE).detach().to(dtype)
+        grad = randn(40, 300, seed=1, device=DEVICE).detach().to(dtype)
+        want = swiglu_bwd(grad, x)
+        assert torch.equal(swiglu_bwd(grad, x, again=True), want)
+        assert torch.equal(grad, swiglu_fwd(x))
 
 
 @pytest.mark.parametrize(

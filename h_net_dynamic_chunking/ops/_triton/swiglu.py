@@ -23,7 +23,7 @@ def swiglu_fwd_kernel(x, out, W: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_bwd_kernel(grad, x, grad_x, W: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_bwd_kernel(grad, x, grad_x, W: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
     i_t = tl.program_id(0).to(tl.int64)
     o_w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_w = o_w < W
@@ -36,6 +36,10 @@ def swiglu_bwd_kernel(grad, x, grad_x, W: tl.constexpr, BLOCK: tl.constexpr):
     b_grad_gate = b_grad * b_value * b_sigmoid * (1 + b_gate * (1 - b_sigmoid))
     tl.store(grad_x + o_value, b_grad_value.to(grad_x.dtype.element_ty), mask=m_w)
     tl.store(grad_x + o_gate, b_grad_gate.to(grad_x.dtype.element_ty), mask=m_w)
+    if AGAIN:
+        # Bit by bit as forward. Nobody else reads this stretch of grad.
+        b_out = b_value * b_gate * b_sigmoid
+        tl.store(grad + i_t * W + o_w, b_out.to(grad.dtype.element_ty), mask=m_w)
 
 
 def swiglu_fwd(x: Tensor) -> Tensor:
@@ -53,8 +57,11 @@ def swiglu_fwd(x: Tensor) -> Tensor:
     return out
 
 
-def swiglu_bwd(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of both halves, in one tensor like x."""
+def swiglu_bwd(grad: Tensor, x: Tensor, again: bool = False) -> Tensor:
+    """The gradient of both halves, in one tensor like x.
+
+    again: whether `grad`, which must be contiguous then, becomes what `swiglu_fwd` returned
+    """
     width, x = x.shape[-1] // 2, x.contiguous()
     block = min(_BLOCK, power_of_2(width))
     grad_x = torch.empty_like(x)
@@ -62,7 +69,7 @@ def swiglu_bwd(grad: Tensor, x: Tensor) -> Tensor:
         swiglu_bwd_kernel,
         (x.numel() // (2 * width), cdiv(width, block)),
         {"grad": grad.contiguous(), "x": x, "grad_x": grad_x},
-        {"W": width, "BLOCK": block},
+        {"W": width, "BLOCK": block, "AGAIN": again},
         num_warps=max(1, block // (32 * _NUMBERS)),
     )
     return grad_x
