@@ -37,6 +37,7 @@ from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.ops.plain import is_plain
 from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd, ssd_continued
 from h_net_dynamic_chunking.ops.tail import zero_tail
+from h_net_dynamic_chunking.ops.unkept_input import weight_to_take
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels
 
 
@@ -72,8 +73,9 @@ class Mamba2(nn.Module):
             cache of another batch size or dtype.
 
     Layer equations, and the initialisation, are those of the official H-Net code and its Mamba-2.
-    `conv1d` and `norm` hold parameters for one operation and are not called by `forward`, unless
-    somebody has replaced them, changed them or watches them with hooks.
+    `conv1d`, `norm` and, where gradients are wanted, `out_proj` hold parameters for one operation
+    and are not called by `forward`, unless somebody has replaced them, changed them or watches them
+    with hooks.
 
     >>> mixer = Mamba2(64, d_state=16, head_dim=32)
     >>> mixer(torch.randn(2, 10, 64)).shape
@@ -124,14 +126,18 @@ class Mamba2(nn.Module):
             x = zero_tail(x, cu_seqlens)
         if not self._is_plain():
             return self._forward_by_parts(x, cu_seqlens)
-        mixed = mamba2_inner(
-            self.in_proj(x),
+        projected = self.in_proj(x)
+        out_weight = weight_to_take(self.out_proj, projected)
+        out = mamba2_inner(
+            projected,
             self._parameters_inside(),
             cu_seqlens,
+            out_weight=out_weight,
             eps=self.norm.eps or 0.0,
             chunk_size=self.chunk_size,
         )
-        out: Tensor = self.out_proj(mixed)
+        if out_weight is None:
+            out = self.out_proj(out)
         return out
 
     def _is_plain(self) -> bool:

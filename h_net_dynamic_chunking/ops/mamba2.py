@@ -9,9 +9,11 @@ Contract
     conv_weight:  (d_inner + 2 d_state, 1, taps), conv_bias (d_inner + 2 d_state,)
     dt_bias, A_log, D:  (heads,), float
     norm_weight:  (d_inner,), float
+    out_weight:   (d_model, d_inner), dtype of projected, or None
     cu_seqlens:   (batch + 1,), int32 or int64; None for the second form of projected, where every
                   row is one sequence
-    out:          (total, d_inner) or (batch, length, d_inner), dtype of projected
+    out:          (total, d_inner) or (batch, length, d_inner), dtype of projected; with out_weight
+                  (..., d_model), the product with it, in whose stead the normed rows are not kept
 
 The tail behind the last sequence may hold anything: it comes out as zeros and gets zeros as its
 gradient. Steps and decays are float32 (float64 for float64). As one operation the gradients of the
@@ -99,6 +101,7 @@ def mamba2_inner(
     parameters: Mamba2Parameters,
     cu_seqlens: Tensor | None = None,
     *,
+    out_weight: Tensor | None = None,
     eps: float = 1e-5,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
@@ -108,6 +111,7 @@ def mamba2_inner(
         projected: see the contract.
         parameters: see the contract.
         cu_seqlens: see the contract.
+        out_weight: see the contract.
         eps: of the norm.
         chunk_size: As of `ssd`, a matter of speed only.
 
@@ -120,7 +124,14 @@ def mamba2_inner(
     width = 2 * d_inner + 2 * d_state + heads
     if projected.shape[-1] != width:
         raise ValueError(f"projected must have {width} channels, got {projected.shape[-1]}")
-    out: Tensor = _mamba2_inner(projected, *parameters, eps, cu_seqlens, chunk_size)[0]
+    if out_weight is not None and (
+        out_weight.shape[1:] != (d_inner,) or out_weight.dtype != projected.dtype
+    ):
+        raise ValueError(
+            f"out_weight must be {projected.dtype} of shape (d_model, {d_inner}), "
+            f"got {out_weight.dtype} of {tuple(out_weight.shape)}"
+        )
+    out: Tensor = _mamba2_inner(projected, *parameters, out_weight, eps, cu_seqlens, chunk_size)[0]
     return out
 
 
@@ -218,12 +229,49 @@ def _mamba2_inner(
     A_log: Tensor,
     D: Tensor,
     norm_weight: Tensor,
+    out_weight: Tensor | None,
     eps: float,
     cu_seqlens: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, and what `Mamba2Kept` names."""
     parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    out, kept = _normed_rows(projected, parameters, eps, cu_seqlens, chunk_size)
+    return out if out_weight is None else F.linear(out, out_weight), *kept
+
+
+@_mamba2_inner.register_fake
+def _(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    out_weight: Tensor | None,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+    d_inner, d_state, _ = parameters.sizes
+    leading = projected.shape[:-1]
+    out = projected.new_empty(*leading, d_inner if out_weight is None else len(out_weight))
+    y = projected.new_empty(*leading, d_inner)
+    convolved = projected.new_empty(*leading, d_inner + 2 * d_state)
+    return out, y, convolved, _new_states(projected, parameters)
+
+
+def _normed_rows(
+    projected: Tensor,
+    parameters: Mamba2Parameters,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Mamba2Kept]:
+    """What the product with out_weight is made of, and what is kept."""
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
     if _runs_on_triton(projected, parameters):
         from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_fwd
 
@@ -235,7 +283,7 @@ def _mamba2_inner(
         )
         if projected.dtype == torch.float32:
             states = _new_states(projected, parameters)
-        return out.view(shape), y.view(shape), convolved.view(*shape[:-1], -1), states
+        return out.view(shape), Mamba2Kept(y.view(shape), convolved.view(*shape[:-1], -1), states)
     gate, conv_in, raw = parameters.sizes.split(projected)
     convolved = _causal_conv(conv_in, conv_weight, conv_bias, cu_seqlens)
     x, B, C = parameters.sizes.split_conv(convolved)
@@ -248,28 +296,7 @@ def _mamba2_inner(
     if back_on_kernels and len(states):
         # So goes what torch.compile traced, whatever it went forward on.
         states.copy_(_entering_states(x, dt, _decay_rates(A_log), B, cu_seqlens))
-    return out, y, convolved, states
-
-
-@_mamba2_inner.register_fake
-def _(
-    projected: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
-    d_inner, d_state, _ = parameters.sizes
-    leading = projected.shape[:-1]
-    out, y = (projected.new_empty(*leading, d_inner) for _ in range(2))
-    convolved = projected.new_empty(*leading, d_inner + 2 * d_state)
-    return out, y, convolved, _new_states(projected, parameters)
+    return out, Mamba2Kept(y, convolved, states)
 
 
 @operation("mamba2_inner_backward")
@@ -282,14 +309,15 @@ def _mamba2_inner_backward(
     A_log: Tensor,
     D: Tensor,
     norm_weight: Tensor,
+    out_weight: Tensor | None,
     eps: float,
     cu_seqlens: Tensor | None,
     chunk_size: int,
     y: Tensor,
     convolved: Tensor,
     states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of projected and of the parameters, in the order of the arguments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of projected and of the parameters, in the order of the arguments; nothing for None."""
     parameters = Mamba2Parameters(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     if _runs_on_triton(projected, parameters):
         from h_net_dynamic_chunking.ops._triton.mamba2 import mamba2_bwd
@@ -305,10 +333,11 @@ def _mamba2_inner_backward(
             rows,
             Mamba2Kept(y, convolved, states),
             flat_rows(grad_projected),
+            out_weight,
         )
         return grad_projected, *gradients
     return _backward_by_parts(
-        grad, projected, parameters, eps, cu_seqlens, chunk_size, y, convolved
+        grad, projected, parameters, out_weight, eps, cu_seqlens, chunk_size, y, convolved
     )
 
 
@@ -322,30 +351,38 @@ def _(
     A_log: Tensor,
     D: Tensor,
     norm_weight: Tensor,
+    out_weight: Tensor | None,
     eps: float,
     cu_seqlens: Tensor | None,
     chunk_size: int,
     y: Tensor,
     convolved: Tensor,
     states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = conv_weight, conv_bias, dt_bias, A_log, D, norm_weight
     a, b, c, d, e, f = (p.new_empty(p.shape) for p in parameters)
-    return projected.new_empty(projected.shape), a, b, c, d, e, f
+    g = projected.new_empty(0 if out_weight is None else out_weight.shape)
+    return projected.new_empty(projected.shape), a, b, c, d, e, f, g
 
 
 def _backward_by_parts(
     grad: Tensor,
     projected: Tensor,
     parameters: Mamba2Parameters,
+    out_weight: Tensor | None,
     eps: float,
     cu_seqlens: Tensor | None,
     chunk_size: int,
     y: Tensor,
     convolved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
     gate, conv_in, raw = parameters.sizes.split(projected)
+    grad_out_weight = grad.new_empty(0)
+    if out_weight is not None:
+        normed = _gated_norm(y, gate, norm_weight, eps, cu_seqlens)
+        grad_out_weight = flat_rows(grad).t() @ flat_rows(normed)
+        grad = grad @ out_weight
     grad_y, grad_gate, grad_norm = _gated_norm_backward(grad, y, gate, norm_weight, eps, cu_seqlens)
     x, B, C = parameters.sizes.split_conv(convolved)
     steps, A = _steps(raw, dt_bias, cu_seqlens), _decay_rates(A_log)
@@ -366,6 +403,7 @@ def _backward_by_parts(
         (grad_A * A).to(A_log.dtype),
         grad_D,
         grad_norm,
+        grad_out_weight,
     )
 
 
@@ -402,13 +440,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     *tensors, cu_seqlens, y, convolved, states = ctx.saved_tensors
     with use_backend(ctx.backend):
-        gradients = _mamba2_inner_backward(
+        *gradients, grad_out_weight = _mamba2_inner_backward(
             grad, *tensors, ctx.eps, cu_seqlens, ctx.chunk_size, y, convolved, states
         )
-    return *gradients, None, None, None
+    has_product = tensors[-1] is not None
+    return *gradients, grad_out_weight if has_product else None, None, None, None
 
 
 _mamba2_inner.register_autograd(_backward, setup_context=_setup_context)

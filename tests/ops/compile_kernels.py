@@ -264,6 +264,7 @@ def call_mamba2_parts() -> None:
     causal_conv.conv_bwd(out, x, weight, bias, *ids, x)
     gated_norm.gated_norm_fwd(out, z, bias, 1e-5, cu_seqlens)
     gated_norm.gated_norm_bwd(out, out, z, bias, 1e-5, cu_seqlens, z)
+    gated_norm.gated_norm_bwd(out.clone(), out, z, bias, 1e-5, cu_seqlens, z, again=True)
     tail.zero_tail(out, cu_seqlens)
     dt = time_step.time_step_fwd(raw, bias[:heads], cu_seqlens)
     time_step.time_step_bwd(dt, raw, bias[:heads], cu_seqlens, raw)

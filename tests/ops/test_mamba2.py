@@ -49,7 +49,7 @@ def test_gradcheck_and_opcheck(cu_seqlens: Tensor | None) -> None:
     positions = (1, 5) if cu_seqlens is None else (5,)
     inputs = mamba2_inputs(*positions, heads=1, head_dim=2, d_state=2)
     assert torch.autograd.gradcheck(lambda *a: inner(*a, cu_seqlens=cu_seqlens), inputs)
-    rest = (1e-5, cu_seqlens, 2)
+    rest = (None, 1e-5, cu_seqlens, 2)
     torch.library.opcheck(torch.ops.h_net.mamba2_inner.default, (*inputs, *rest))
     plain = tuple(x.detach() for x in inputs)
     grad, y, convolved = (randn(*positions, d, seed=d).detach() for d in (2, 2, 6))

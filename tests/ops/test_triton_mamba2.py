@@ -13,7 +13,14 @@ from h_net_dynamic_chunking.ops import (
     zero_tail,
 )
 from tests.ops.mamba2_cases import mamba2_inputs
-from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
+from tests.ops.triton_cases import (
+    DEVICE,
+    LENS,
+    LOW_PRECISION,
+    as_the_fakes_promise,
+    assert_kernels_agree,
+    values_and_gradients,
+)
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
 from tests.support import cumulative, randn
 
@@ -108,6 +115,48 @@ def test_mamba2_of_padded_rows() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("lens", LENS)
+def test_mamba2_with_its_product(lens: list[int], dtype: torch.dtype) -> None:
+    """As the product behind it, to the last bit; the gradient of its weight, which is of rows that
+    are there again, within the rounding of those."""
+    total, cu_seqlens = sum(lens) + 2, cumulative(lens, DEVICE)
+    inputs = [x.to(DEVICE) for x in (*kernel_inputs(total), randn(24, 64, seed=9))]
+    with torch.no_grad():
+        inputs[0][total - 2 :] = torch.nan
+
+    def fused(projected: Tensor, *rest: Tensor) -> Tensor:
+        named = Mamba2Parameters(*rest[:-1])
+        return mamba2_inner(projected, named, cu_seqlens, out_weight=rest[-1])
+
+    def plain(*inputs: Tensor) -> Tensor:
+        return inner(*inputs[:-1], cu_seqlens=cu_seqlens) @ inputs[-1].t()
+
+    with as_the_fakes_promise():
+        *got, got_weight = values_and_gradients("triton", fused, inputs, dtype)
+    *want, want_weight = values_and_gradients("triton", plain, inputs, dtype)
+    assert all(map(torch.equal, got, want))
+    rounding = torch.finfo(dtype).eps * float(want_weight.abs().max())
+    torch.testing.assert_close(got_weight, want_weight, rtol=0, atol=2 * rounding)
+
+
+def test_gated_norm_again() -> None:
+    """Where the gradient has been, within a bit; the gradients do not depend on it."""
+    from h_net_dynamic_chunking.ops._triton.gated_norm import gated_norm_bwd, gated_norm_fwd
+
+    y, z, grad = (randn(40, 20, seed=i, device=DEVICE).detach().half() for i in range(3))
+    weight, cu_seqlens = randn(20, seed=3, device=DEVICE).detach(), cumulative([30, 8], DEVICE)
+    results = []
+    for again in (False, True):
+        grad_z = torch.empty_like(z)
+        gradients = gated_norm_bwd(grad, y, z, weight, 1e-5, cu_seqlens, grad_z, again)
+        results.append((*gradients, grad_z))
+    assert all(map(torch.equal, *results))
+    want = gated_norm_fwd(y, z, weight, 1e-5, cu_seqlens)
+    torch.testing.assert_close(grad, want, rtol=torch.finfo(grad.dtype).eps, atol=1e-6)
+    assert not grad[38:].any()
+
+
 def inner_of_whole_chunks(projected: Tensor, *parameters: Tensor) -> Tensor:
     """Two rows of one chunk each, which are rows to the recurrence too."""
     return inner(projected.unflatten(0, (2, 128)), *parameters).flatten(0, 1)
@@ -135,7 +184,7 @@ def test_kept_states(lens: list[int]) -> None:
     )
     cu_seqlens = cumulative(lens, DEVICE)
     with use_backend("triton"):
-        arguments = (1e-5, cu_seqlens, 8)
+        arguments = (None, 1e-5, cu_seqlens, 8)
         *_, convolved, got = torch.ops.h_net.mamba2_inner(projected, *parameters, *arguments)
     named = Mamba2Parameters(*parameters)
     assert got.shape == mamba2._new_states(projected, named).shape

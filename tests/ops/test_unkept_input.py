@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from h_net_dynamic_chunking.layers import SwiGLU
+from h_net_dynamic_chunking.layers import Mamba2, SwiGLU
 from h_net_dynamic_chunking.layers.recomputation import recomputed
-from h_net_dynamic_chunking.ops import use_backend
+from h_net_dynamic_chunking.ops import Mamba2Parameters, mamba2_inner, use_backend
 from h_net_dynamic_chunking.ops.swiglu_linear import _swiglu_linear, swiglu_linear
 from h_net_dynamic_chunking.ops.unkept_input import weight_to_take
-from tests.support import DEVICES, assert_close, compiled, randn
+from tests.ops.mamba2_cases import mamba2_inputs
+from tests.support import DEVICES, assert_close, compiled, cumulative, randn
 
 WIDTH = 32
 # Layers whose second product, of the name, has rows of 128 numbers.
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "fc2": lambda: SwiGLU(WIDTH, 128),
+    "out_proj": lambda: Mamba2(WIDTH, d_state=24, expand=4, head_dim=16),
 }
 NAMES = list(MAKERS)
 
@@ -65,13 +67,13 @@ def kept(run: Callable[[], Tensor]) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("shape", [(2, 70), (1, 1), (2, 0)])
 @pytest.mark.parametrize("name", NAMES)
 def test_same_numbers(name: str, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-    """On torch to the last bit."""
+    """On torch to the last bit. The kernel of the gated norm has its last bit from another sum."""
     layer, x = new_layer(name, dtype, device), rows(*shape, dtype=dtype, device=device)
     with use_backend("torch"):
         pairs = zip(results(layer, x), results(by_itself(layer, name), x), strict=True)
         assert all(torch.equal(got, want) for got, want in pairs)
     for got, want in zip(results(layer, x), results(by_itself(layer, name), x), strict=True):
-        torch.testing.assert_close(got, want)
+        assert_close("result", got, want, 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 1, 3)])
@@ -81,9 +83,18 @@ def test_mlp_of_any_dimensions(shape: tuple[int, ...]) -> None:
         assert_close("result", got, want)
 
 
+def test_packed_mamba2_with_a_tail_of_nan() -> None:
+    layer, x, cu_seqlens = new_layer("out_proj"), rows(12), cumulative([3, 0, 6])
+    with torch.no_grad():
+        x[9:] = torch.nan
+    got, want = (results(m, x, cu_seqlens) for m in (layer, by_itself(layer, "out_proj")))
+    assert all(map(torch.equal, got, want))
+    assert not any(result.isnan().any() for result in got)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_input_is_not_kept(name: str) -> None:
-    """The gated rows."""
+    """The gated rows of the one, the normed rows of the other."""
     layer, x = new_layer(name), rows(2, 70)
     lean, plain = (kept(lambda m=m: m(x)) for m in (layer, by_itself(layer, name)))
     assert sum(map(prod, lean)) == sum(map(prod, plain)) - 140 * 128
@@ -257,7 +268,32 @@ def test_gradcheck_and_opcheck_of_swiglu() -> None:
     )
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 1, 4, 5])])
+def test_gradcheck_and_opcheck_of_mamba2(cu_seqlens: Tensor | None) -> None:
+    positions = (1, 5) if cu_seqlens is None else (5,)
+    inputs = *mamba2_inputs(*positions, heads=1, head_dim=2, d_state=2), randn(3, 2, seed=9)
+
+    def run(projected: Tensor, *rest: Tensor) -> Tensor:
+        *parameters, weight = rest
+        named = Mamba2Parameters(*parameters)
+        return mamba2_inner(projected, named, cu_seqlens, out_weight=weight, chunk_size=2)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    rest = (1e-5, cu_seqlens, 2)
+    torch.library.opcheck(torch.ops.h_net.mamba2_inner.default, (*inputs, *rest))
+    plain = tuple(x.detach() for x in inputs)
+    grad, y, convolved = (randn(*positions, d, seed=d).detach() for d in (3, 2, 6))
+    backward = (grad, *plain, *rest, y, convolved, y.new_empty(0, 1, 2, 2))
+    torch.library.opcheck(torch.ops.h_net.mamba2_inner_backward.default, backward)
+
+
 def test_bad_inputs() -> None:
     linear = nn.Linear(3, 4, bias=False)
     with pytest.raises(ValueError, match="x must have an even last dimension"):
         swiglu_linear(torch.ones(2, 5), linear)
+    projected, *parameters = mamba2_inputs(5)
+    for weight in (torch.ones(4, 6), randn(4, 5), randn(6)):
+        with pytest.raises(ValueError, match=r"out_weight must be torch.float64 of shape \(d_m"):
+            mamba2_inner(
+                projected, Mamba2Parameters(*parameters), cumulative([5]), out_weight=weight
+            )

@@ -85,6 +85,7 @@ def gated_norm_bwd_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     AHEAD: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """With n = y silu(z) scale and u = grad weight: the gradient of y silu(z) is
     scale (u - n mean(u n)). The scale is had again from what is in registers anyway."""
@@ -121,6 +122,10 @@ def gated_norm_bwd_kernel(
         b_grad_z = b_grad_gated * b_yf * (b_sigmoid + b_silu * (1 - b_sigmoid))
         p_grad_z = grad_z + i_t * GRAD_Z_ROW + o_d
         tl.store(p_grad_z, b_grad_z.to(grad_z.dtype.element_ty), mask=m_row)
+        if AGAIN:
+            # Nobody else reads this row of grad.
+            b_out = b_normed * b_weight
+            tl.store(grad + i_t * D + o_d, b_out.to(grad.dtype.element_ty), mask=m_row)
         i_t += 1
     tl.store(partial + i_block * D + o_d, b_grad_weight, mask=m_d)
 
@@ -170,8 +175,12 @@ def gated_norm_bwd(
     eps: float,
     cu_seqlens: Tensor,
     grad_z: Tensor,
+    again: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of z to `grad_z`, which may be a slice; return those of y and weight."""
+    """Write the gradient of z to `grad_z`, which may be a slice; return those of y and weight.
+
+    again: whether `grad` becomes what `gated_norm_fwd` returned, give or take its last bit
+    """
     total, dim = y.shape
     rows, numbers, ahead = _BACKWARD
     block, blocks = power_of_2(dim), cdiv(total, rows)
@@ -200,6 +209,7 @@ def gated_norm_bwd(
             "BLOCK_D": block,
             "ROWS": rows,
             "AHEAD": ahead,
+            "AGAIN": again,
         },
         num_warps=_warps(block, numbers),
     )

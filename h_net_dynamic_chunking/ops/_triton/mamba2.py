@@ -79,13 +79,25 @@ def mamba2_bwd(
     rows: int | None,
     kept: "Mamba2Kept",
     grad_projected: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Write the gradient of the projected rows; return those of the parameters, in their order."""
+    out_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Write the gradient of the projected rows; return those of the parameters, in their order.
+
+    grad:  (total, ...), contiguous: of the product with out_weight, or of the normed rows where
+           there is none; then nothing is returned for it
+    """
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
     gate, conv_in, raw = parameters.sizes.split(projected)
     grad_gate, grad_conv_in, grad_raw = parameters.sizes.split(grad_projected)
-    y, convolved = kept.y.view(grad.shape), kept.convolved.view(conv_in.shape)
-    grad_y, grad_norm = gated_norm_bwd(grad, y, gate, norm_weight, eps, cu_seqlens, grad_gate)
+    y, convolved = kept.y.view(gate.shape), kept.convolved.view(conv_in.shape)
+    normed = grad if out_weight is None else grad @ out_weight  # its gradient, at first
+    again = out_weight is not None
+    grad_y, grad_norm = gated_norm_bwd(
+        normed, y, gate, norm_weight, eps, cu_seqlens, grad_gate, again
+    )
+    grad_out_weight = grad.t() @ normed if again else grad.new_empty(0)
+    # Before the recurrence takes most of what this function takes.
+    del normed
 
     # Cheap to have again.
     ids = sequence_ids(cu_seqlens, len(projected))
@@ -117,7 +129,7 @@ def mamba2_bwd(
     grad_A_log = (grad_A * A).to(A_log.dtype)
     # Not a part of what holds both sums.
     grad_D = grad_D.to(D.dtype, copy=True)
-    return grad_weight, grad_bias, grad_dt_bias, grad_A_log, grad_D, grad_norm
+    return grad_weight, grad_bias, grad_dt_bias, grad_A_log, grad_D, grad_norm, grad_out_weight
 
 
 def _division(x: Tensor, cu_seqlens: Tensor, rows: int | None) -> tuple[Tensor | None, int]:
