@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.cache import Rows, check_cache_class, check_cache_tensor
+from h_net_dynamic_chunking.cache import Positions, Rows, check_cache_class, check_cache_tensor
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.layout import Layout, layout_of_chunks, padded_view
 from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth, ema_smooth_step
@@ -250,14 +250,19 @@ def route_step(
     chunker: DynamicSequenceChunker,
     x: Tensor,
     cache: ChunkerCache,
+    positions: Positions,
     rows: Rows,
     given: Tensor | None = None,
 ) -> Routed:
-    """`route` for one position of each row: x (rows, dim), given and results (rows,)."""
+    """`route` for one position of each row, which it counts.
+
+    x is (rows, dim), given and results are (rows,).
+    """
     plain = chunker.start_key is None and chunker.max_chunks is None
     if not plain or not fits_step_kernels(x, chunker.to_queries_keys.weight, rows):
         given = None if given is None else given[:, None]
         probs, opens = route(chunker, x[:, None], cache, None, rows, given)
+        positions.advance(1, 1, rows)
         return Routed(probs[:, 0], opens[:, 0])
     from h_net_dynamic_chunking.ops._triton.route_step import route_step
 
@@ -266,10 +271,12 @@ def route_step(
         chunker.to_queries_keys(x) if queries_keys is None else queries_keys,
         cache.previous_key,
         cache.chunks,
+        positions.seen,
         chunker.boundary_threshold,
         rows.active,
         given,
     )
+    positions.bound += 1
     return Routed(*routed)
 
 

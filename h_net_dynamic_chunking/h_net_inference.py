@@ -193,7 +193,7 @@ class HNetInference(nn.Module):
         encoded = self._step("encoder", x, cache.encoder, rows)
         chunker_inference.check_encoded(self.chunker, encoded)
         probs, opens = chunker_inference.route_step(
-            self.chunker, encoded, cache.chunker, rows, given
+            self.chunker, encoded, cache.chunker, cache.positions, rows, given
         )
         return Entered(encoded, probs, opens)
 
@@ -218,9 +218,7 @@ class HNetInference(nn.Module):
             cache.chunker,
             rows,
         )
-        decoded = self._step("decoder", expanded, cache.decoder, rows)
-        cache.positions.advance(1, 1, rows)
-        return decoded
+        return self._step("decoder", expanded, cache.decoder, rows)
 
     def _step_chunks(
         self,

@@ -19,9 +19,11 @@ from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows, mapped
 from h_net_dynamic_chunking.config import HNetConfig
 from h_net_dynamic_chunking.h_net_inference import Decision, HNetCache, HNetInference, spread
 from h_net_dynamic_chunking.layers import Isotropic
+from h_net_dynamic_chunking.layers.embedding import Embedding
 from h_net_dynamic_chunking.layout import layout_of, padded_view
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
 from h_net_dynamic_chunking.ops.backend import Backend, chosen_backend
+from h_net_dynamic_chunking.ops.plain import is_plain
 from h_net_dynamic_chunking.recording import Recording, can_record
 from h_net_dynamic_chunking.sequence_module import unwrapped
 from h_net_dynamic_chunking.step_graphs import StepGraphs
@@ -234,7 +236,7 @@ class LMInference(nn.Module):
         """
         self._checked(cache, len(ids), 0, ALL_ROWS, None)
         return StepGraphs(
-            self.embeddings,
+            self._embed,
             self._stack,
             self._head,
             cache.backbone,
@@ -261,9 +263,7 @@ class LMInference(nn.Module):
             ValueError: a cache that is not of this model.
         """
         self._checked(cache, len(ids), 0, ALL_ROWS, None)
-        step = WaitingStep(
-            self.embeddings, self._stack, self._head, cache.backbone, ids, reads, choose
-        )
+        step = WaitingStep(self._embed, self._stack, self._head, cache.backbone, ids, reads, choose)
         if not can_record(ids):
             return step.run
 
@@ -271,6 +271,17 @@ class LMInference(nn.Module):
             return [partial(step.run, depth) for depth in range(step.depth + 1)]
 
         return Recording(pieces, cache.backbone, step.waits).run
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """What a recorded step begins with: (rows, dim) of ids (rows,)."""
+        weight = self.embeddings.weight
+        plain = is_plain(self.embeddings, Embedding) and weight.is_contiguous()
+        if plain and fits_step_kernels(weight, weight, ALL_ROWS):
+            from h_net_dynamic_chunking.ops._triton.embed_step import embed_step
+
+            return embed_step(weight, ids)
+        x: Tensor = self.embeddings(ids)
+        return x
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits (rows, vocab) of hidden states (rows, dim)."""

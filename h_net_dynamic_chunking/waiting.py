@@ -13,6 +13,7 @@ when the others are there. All shapes are static, and the host reads nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,9 +59,7 @@ class WaitingStep:
         self._stages = stages_of(backbone, cache)
         self.waits = [reads, *(torch.zeros_like(reads) for _ in self._stages)]
         """For each stage, and the main network: which rows wait to enter it."""
-        self._nobody = torch.zeros_like(reads)
         self._kept: list[Entered] = []
-        self._passes = [self._nobody] * len(self._stages)
 
     @property
     def depth(self) -> int:
@@ -73,63 +72,73 @@ class WaitingStep:
 
         Rows that open a chunk one stage deeper wait there, the others choose their next byte.
         """
-        last = min(depth, self.depth - 1)
-        for stage in range(last + 1):
-            self._enter(stage)
-        z, back = None, self._nobody
+        innermost = min(depth, self.depth - 1)
+        inward = self.waits[0]
+        leaves: list[Tensor] = []  # which rows leave each stage, innermost first
+        for stage in range(innermost + 1):
+            around = leaves if stage == innermost else None
+            leaving, inward = self._enter(stage, inward, stage < depth, around)
+            leaves = [leaving, *leaves]
+        z, back = None, inward
         if depth == self.depth:
-            back = self.waits[depth]
-            z = self._run_main_network()
-        for stage in reversed(range(last + 1)):
-            z, back = self._leave(stage, z, back)
+            z = self._run_main_network(inward)
+        for stage, leaving in zip(reversed(range(innermost + 1)), leaves, strict=True):
+            z, back = self._leave(stage, z, back, leaving), leaving
         assert z is not None
         self._choose(self._head(z), back)
-        for waits in self.waits[1 : depth + 1]:
-            waits.zero_()
 
-    def _enter(self, stage: int) -> None:
-        """The way in, of the rows that wait for it; what they need on the way out is kept."""
+    def _enter(
+        self, stage: int, active: Tensor, go_in: bool, around: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The way in of the rows `active`; what they need on the way out is kept.
+
+        Returns which rows leave the stage, and which go in; see `keep_step`.
+        """
         network, cache = self._stages[stage]
-        active = self.waits[stage]
         x = self._embed(self._ids) if stage == 0 else self._chunks(stage - 1)
         entered = network.enter(x, cache, Rows(active=active, checked=True), None)
         if stage == len(self._kept):
             encoded, probs, _ = map(torch.zeros_like, entered)
             self._kept.append(Entered(encoded, probs, self.waits[stage + 1]))
-        self._passes[stage] = _keep(entered, active, self._kept[stage])
+        return _keep(entered, active, self._kept[stage], go_in, around)
 
     def _chunks(self, stage: int) -> Tensor:
         return self._stages[stage][0].chunks(self._kept[stage])
 
-    def _run_main_network(self) -> Tensor:
+    def _run_main_network(self, active: Tensor) -> Tensor:
         network, cache = self._stages[-1]
-        rows = Rows(active=self.waits[-1], checked=True)
+        rows = Rows(active=active, checked=True)
         z, _ = network._step_network(self._chunks(self.depth - 1), cache.network, rows, True, ())
         return z
 
-    def _leave(self, stage: int, z: Tensor | None, back: Tensor) -> tuple[Tensor, Tensor]:
+    def _leave(self, stage: int, z: Tensor | None, back: Tensor, leaving: Tensor) -> Tensor:
         """The way out, of the rows that opened no chunk, and of those that are back from inside."""
         network, cache = self._stages[stage]
-        leaves = self._passes[stage] if z is None else self._passes[stage] | back
         encoded, probs, _ = self._kept[stage]
-        rows = Rows(active=leaves, checked=True)
-        return network.leave(z, Entered(encoded, probs, back), cache, rows), leaves
+        rows = Rows(active=leaving, checked=True)
+        return network.leave(z, Entered(encoded, probs, back), cache, rows)
 
 
-def _keep(entered: Entered, active: Tensor, kept: Entered) -> Tensor:
-    """Keep the active rows, of which those that open a chunk wait from now on.
-
-    Returns those that do not.
-    """
+def _keep(
+    entered: Entered, active: Tensor, kept: Entered, go_in: bool, around: list[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Keep the active rows, and say which leave, and which go in; see `keep_step`."""
     if uses_triton(entered.encoded):
         from h_net_dynamic_chunking.ops._triton.keep_step import keep_step
 
-        return keep_step(*entered, active, *kept)
+        return keep_step(*entered, active, *kept, go_in=go_in, around=around)
     encoded, probs, waits = kept
-    waits |= entered.opens
     torch.where(active[:, None], entered.encoded, encoded, out=encoded)
     torch.where(active, entered.probs, probs, out=probs)
-    return active & ~waits
+    waits |= entered.opens
+    leaves, inward = active & ~waits, waits & go_in
+    if go_in:
+        waits.zero_()
+    if around is not None:
+        leaves |= inward
+        for inner, outer in pairwise([leaves, *around]):
+            outer |= inner
+    return leaves, inward
 
 
 def depths(periods: Sequence[int]) -> Iterator[int]:

@@ -72,8 +72,11 @@ def fused_step(
         if block.mlp is not None and block.norm2 is not None:
             inner = stream.project(block.norm2, block.mlp.fc1, swiglu=True)
             stream.add(inner, block.mlp.fc2)
-    _advance([cache for cache in caches if isinstance(cache, AttentionCache)], rows)
-    return stream.normed(norm)
+    attended = [cache for cache in caches if isinstance(cache, AttentionCache)]
+    for cache in attended:
+        cache.positions.bound += 1
+    # Only now, because all kernels of a layer's attention read how many positions it has seen.
+    return stream.normed(norm, [cache.position for cache in attended])
 
 
 class _OneRow:
@@ -118,11 +121,13 @@ class _OneRow:
         )
         self._wide = True
 
-    def normed(self, norm: nn.RMSNorm) -> Tensor:
-        """The stream at the end."""
+    def normed(self, norm: nn.RMSNorm, count: Sequence[Tensor] = ()) -> Tensor:
+        """The stream at the end; rows that are active are counted. See `norm_rows`."""
         from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
 
-        return norm_rows(self._stream, norm.weight, begins=not self._begun)
+        return norm_rows(
+            self._stream, norm.weight, active=self._active, count=count, begins=not self._begun
+        )
 
 
 class _SeveralRows(_OneRow):
@@ -164,7 +169,7 @@ class _SeveralRows(_OneRow):
         else:
             self._added = F.linear(x, linear.weight)
 
-    def normed(self, norm: nn.RMSNorm) -> Tensor:
+    def normed(self, norm: nn.RMSNorm, count: Sequence[Tensor] = ()) -> Tensor:
         from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows
 
         if not self._begun:
@@ -178,6 +183,7 @@ class _SeveralRows(_OneRow):
             add=added,
             mean_square=self._mean_square,
             active=self._active,
+            count=count,
         )
 
 
@@ -239,14 +245,3 @@ def _add_attention(stream: _OneRow, block: Block, cache: AttentionCache, rows: R
         active=rows.active,
     )
     stream.add(mixed, mixer.out_proj)
-
-
-def _advance(caches: Sequence[AttentionCache], rows: Rows) -> None:
-    """Count one more position in all caches, with one launch."""
-    if not caches:
-        return
-    seen = [cache.position for cache in caches]
-    by: Any = 1 if rows.active is None else [rows.active.long()] * len(seen)
-    torch._foreach_add_(seen, by)
-    for cache in caches:
-        cache.positions.bound += 1

@@ -27,6 +27,7 @@ from h_net_dynamic_chunking.ops._triton import (
     dechunk_backward,
     dechunk_forward,
     dechunk_step,
+    embed_step,
     gated_norm,
     gather,
     keep_step,
@@ -85,6 +86,7 @@ _STEPS = (
     choose_step,
     conv_step,
     dechunk_step,
+    embed_step,
     keep_step,
     linear_step,
     product_step,
@@ -139,7 +141,7 @@ def main() -> None:
     call_launchers()
     triton.runtime.JITFunction.run = run
     for module in _STEPS:
-        module.launch_options = lambda *_: {
+        module.launch_options = lambda _, begins=False: {
             "INTERPRETED": False,
             "OVERLAP": True,
             "launch_pdl": True,
@@ -148,7 +150,9 @@ def main() -> None:
     print(len(set(compiled)), "kernels")
 
 
-def _type(value: Any) -> str:
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_type, value))
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
     return "i32" if isinstance(value, int) else "fp32"
@@ -314,10 +318,12 @@ def call_step_launchers() -> None:
         gated=gated,
     )
     parts = torch.randn(3, rows, dim)
-    rows_step.norm_rows(wide, norm, add=parts, mean_square=squares, active=flags)
+    position = torch.arange(rows)
+    count = [position, position]
+    rows_step.norm_rows(wide, norm, add=parts, mean_square=squares, active=flags, count=count)
     rows_step.norm_rows(x, norm, keep=wide)
     rows_step.swiglu_rows(x)
-    position = torch.arange(rows)
+    embed_step.embed_step(x, position)
     for batch, window in ((rows, -1), (1, 3000)):
         caches = [bf16(batch, 4000, heads, head_dim) for _ in range(2)]
         attention_step.attention_step(
@@ -330,9 +336,11 @@ def call_step_launchers() -> None:
             active=flags[:batch],
         )
     probs, opens, chunks = torch.rand(rows), ~flags, torch.ones(rows, dtype=torch.int64)
-    route_step.route_step(bf16(rows, 2 * dim), x, chunks, 0.5, flags, opens)
+    route_step.route_step(bf16(rows, 2 * dim), x, chunks, chunks, 0.5, flags, opens)
     dechunk_step.dechunk_step(x, wide, probs, opens, wide, torch.bfloat16)
-    keep_step.keep_step(x, probs, opens, flags, x, probs, flags)
+    for around in (None, [], [flags, flags]):
+        keep_step.keep_step(x, probs, opens, flags, x, probs, flags, go_in=True, around=around)
+    keep_step.keep_step(x, probs, opens, flags, x, probs, flags, go_in=False, around=[flags])
     choose_step.choose_step(
         bf16(rows, 256),
         torch.rand(rows, 9),

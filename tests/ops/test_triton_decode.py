@@ -27,6 +27,7 @@ pytest.importorskip("triton", None if torch.cuda.is_available() else "3.7")
 from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
 from h_net_dynamic_chunking.ops._triton.conv_step import Convolution, conv_step
 from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
+from h_net_dynamic_chunking.ops._triton.embed_step import embed_step
 from h_net_dynamic_chunking.ops._triton.keep_step import keep_step
 from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 from h_net_dynamic_chunking.ops._triton.product_step import Cut, product_step
@@ -160,9 +161,12 @@ def test_norm_of_rows(rows: int, dtype: torch.dtype, width: int) -> None:
 
     kept = torch.zeros_like(stream)
     active = some_active(rows)
-    got = norm_rows(added, norm.weight, keep=kept, active=active)
+    count = [torch.arange(rows, device=DEVICE), torch.zeros_like(active, dtype=torch.int64)]
+    got = norm_rows(added, norm.weight, keep=kept, active=active, count=count)
     assert_close("of some", got, norm(added).where(active[:, None], 0), 2 * torch.finfo(dtype).eps)
     assert torch.equal(kept, added.float().where(active[:, None], 0))
+    assert torch.equal(count[0], torch.arange(rows, device=DEVICE) + active)
+    assert torch.equal(count[1], active.long())
 
     squares = numbers(rows, 5, seed=5).square()
 
@@ -263,6 +267,7 @@ def test_rows_refuse() -> None:
         ({"mean_square": numbers(3, 7)}, "mean_square must have shape"),
         ({"add": numbers(3, 8)}, "add must have shape"),
         ({"x": h.bfloat16(), "add": h}, "x must be torch.float32"),
+        ({"count": [h[:, 0].long(), h[:, 0]]}, "count must"),
     ):
         with pytest.raises(ValueError, match=message):
             norm_rows(**{"x": h, "norm_weight": weight, **arguments})
@@ -457,9 +462,10 @@ def test_route(rows: int, dtype: torch.dtype, dim: int) -> None:
     want = boundary_probability_step(q, previous, is_first)
     queries_keys = torch.where(active[:, None], queries_keys, torch.nan)
     key = previous.clone()
-    counted = chunks.clone()
-    p, boundary = route_step(queries_keys, key, counted, 0.5, active)
+    counted, seen = chunks.clone(), 3 * chunks
+    p, boundary = route_step(queries_keys, key, counted, seen, 0.5, active)
     assert torch.equal(counted, chunks + boundary)
+    assert torch.equal(seen, 3 * chunks + active)
     assert p.dtype == torch.float32
     assert_close("p", p[active], want[active])
     assert torch.equal(boundary[active], p[active] > 0.5)
@@ -467,7 +473,7 @@ def test_route(rows: int, dtype: torch.dtype, dim: int) -> None:
     assert not p[~active].any()
     assert torch.equal(key, torch.where(active[:, None], k, previous))
     given = boundaries(rows, seed=1, device=DEVICE)
-    _, boundary = route_step(queries_keys, key, chunks, 0.5, active, given)
+    _, boundary = route_step(queries_keys, key, chunks, seen, 0.5, active, given)
     assert torch.equal(boundary, (given | is_first) & active)
 
 
@@ -476,16 +482,24 @@ def test_route_at_the_edges() -> None:
     q = torch.tensor([[0.0, 0], [3, 0], [3, 0], [3, 0], [torch.nan, 1], [3, 4]], device=DEVICE)
     previous = torch.tensor([[1.0, 2], [0, 0], [5, 0], [-2, 0], [1, 1], [0, 0]], device=DEVICE)
     chunks = torch.tensor([1] * 5 + [0], device=DEVICE)
-    p, boundary = route_step(torch.cat([q, q], 1), previous, chunks, 0.5)
+    seen = 9 * chunks
+    p, boundary = route_step(torch.cat([q, q], 1), previous, chunks, seen, 0.5)
     assert p.tolist()[:4] == [0.5, 0.5, 0.0, 1.0]
     assert p[4].isnan()
     assert p[5] == 1
     assert boundary.tolist() == [False, False, False, True, False, True]
     assert torch.equal(previous.nan_to_num(), q.nan_to_num())
+    assert seen.tolist() == [10] * 5 + [1]
 
 
-def test_keep() -> None:
-    """Rows that are active are kept, and wait where they open a chunk; the others stay."""
+@pytest.mark.parametrize("go_in", [False, True])
+@pytest.mark.parametrize("stages_around", [None, 0, 2])
+def test_keep(go_in: bool, stages_around: int | None) -> None:
+    """Rows that are active are kept, and wait where they open a chunk; the others stay.
+
+    Those that wait may go in. Of the innermost stage these are back, and what leaves it leaves the
+    stages around.
+    """
     flags = torch.tensor([[a, o, w] for a in (0, 1) for o in (0, 1) for w in (0, 1)]).bool()
     active, opens, waits = flags.to(DEVICE).T.contiguous()
     encoded, kept = (numbers(8, 37, seed=s, dtype=torch.bfloat16) for s in (1, 2))
@@ -493,13 +507,53 @@ def test_keep() -> None:
     want = encoded.where(active[:, None], kept), probs.where(active, kept_probs)
     waiting = waits | opens & active
     encoded[~active], probs[~active] = torch.nan, torch.nan
-    leaves = keep_step(encoded, probs, opens, active, kept, kept_probs, waits)
+    around, was_around = None, []
+    if stages_around is not None:
+        around = [boundaries(8, seed=s, device=DEVICE) for s in range(stages_around)]
+        was_around = [outer.clone() for outer in around]
+    leaves, inward = keep_step(
+        encoded, probs, opens, active, kept, kept_probs, waits, go_in=go_in, around=around
+    )
     assert torch.equal(kept, want[0])
     assert torch.equal(kept_probs, want[1])
-    assert torch.equal(waits, waiting)
-    assert torch.equal(leaves, active & ~waiting)
-    with pytest.raises(ValueError, match=r"waits must be torch\.bool"):
-        keep_step(encoded, probs, opens, active, kept, kept_probs, probs)
+    nobody = torch.zeros_like(waiting)
+    assert torch.equal(inward, waiting if go_in else nobody)
+    assert torch.equal(waits, nobody if go_in else waiting)
+    back = inward if around is not None else nobody
+    assert torch.equal(leaves, active & ~waiting | back)
+    inner = leaves
+    for outer, was in zip(around or [], was_around, strict=True):
+        assert torch.equal(outer, was | inner)
+        inner = outer
+
+
+def test_keep_refuses() -> None:
+    x, probs, flags = numbers(2, 8), numbers(2), torch.ones(2, dtype=torch.bool, device=DEVICE)
+    for wrong, message in (
+        ({"waits": probs}, r"waits must be torch\.bool"),
+        ({"kept_encoded": x[:, :7]}, "kept_encoded must have shape"),
+        ({"around": [probs]}, r"around must be torch\.bool"),
+    ):
+        arguments = {"kept_encoded": x, "kept_probs": probs, "waits": flags, "around": None}
+        with pytest.raises(ValueError, match=message):
+            keep_step(x, probs, flags, flags, **arguments | wrong, go_in=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed(dtype: torch.dtype) -> None:
+    """Rows of the table, and NaN for a number that it has not."""
+    weight = numbers(9, 37, dtype=dtype)
+    ids = torch.tensor([0, 8, 3, 3, 9, -1], device=DEVICE)
+    got = embed_step(weight, ids)
+    assert torch.equal(got[:4], weight[ids[:4]])
+    assert got[4:].isnan().all()
+    for wrong, message in (
+        ({"ids": ids[None]}, r"must be \(vocab, dim\) and \(rows,\)"),
+        ({"ids": ids.int()}, r"ids must be torch\.int64"),
+        ({"weight": weight.T}, "weight must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed_step(**{"weight": weight, "ids": ids} | wrong)
 
 
 @by_size
@@ -543,6 +597,7 @@ def test_dechunk(
         ("attention", "position", (2,), "position must be torch.int64"),
         ("route", "queries_keys", (2, 7), "queries_keys must have shape"),
         ("route", "chunks", (2,), "chunks must be torch.int64"),
+        ("route", "seen", (3,), "seen must have shape"),
         ("dechunk", "z", (2, 3), r"z must be \(2, 4 or more\)"),
         ("dechunk", "boundary", (2,), "boundary must be torch.bool"),
         ("dechunk", "residual", (2, 5), "residual must have shape"),
@@ -591,6 +646,7 @@ def test_refusals(step: str, name: str, wrong: tuple[int, ...], message: str) ->
                 "queries_keys": numbers(2, 8),
                 "previous_key": numbers(2, 4),
                 "chunks": torch.ones(2, dtype=torch.int64, device=DEVICE),
+                "seen": torch.ones(2, dtype=torch.int64, device=DEVICE),
                 "threshold": 0.5,
             },
         ),

@@ -31,6 +31,7 @@ def route_step_kernel(
     queries_keys_ptr,
     previous_key_ptr,
     chunks_ptr,
+    seen_ptr,
     given_ptr,
     active_ptr,
     p_ptr,
@@ -68,6 +69,7 @@ def route_step_kernel(
     tl.store(p_ptr + i_m, tl.where(live, p, 0.0))
     tl.store(boundary_ptr + i_m, opens)
     tl.store(chunks_ptr + i_m, chunks + opens.to(tl.int64))
+    tl.store(seen_ptr + i_m, tl.load(seen_ptr + i_m) + live)
     k = rounded(k, previous_key_ptr.dtype.element_ty, INTERPRETED)
     tl.store(p_previous, k, mask & live)
 
@@ -77,6 +79,7 @@ def route_step(
     queries_keys: Tensor,
     previous_key: Tensor,
     chunks: Tensor,
+    seen: Tensor,
     threshold: float,
     active: Tensor | None = None,
     given: Tensor | None = None,
@@ -87,6 +90,7 @@ def route_step(
     previous_key:   (rows, dim), float: the key before; replaced by the new one in place
     chunks:         int64 (rows,): chunks so far; counts on in place. Where there is none, this is
                     the first position of its row: p = 1, and a chunk opens
+    seen:           int64 (rows,): positions so far; counts on in place
     threshold:      in (0, 1); a boundary needs p strictly above it
     active:         bool (rows,), or None for all. The others open no chunk, keep their previous
                     key to the bit, and have p = 0
@@ -105,8 +109,9 @@ def route_step(
     rows, dim = previous_key.shape
     check_shape("queries_keys", queries_keys, rows, 2 * dim)
     check_contiguous("previous_key", previous_key, rows, dim)
-    check_contiguous("chunks", chunks, rows)
-    check_dtype("chunks", chunks, torch.int64)
+    for name, counted in (("chunks", chunks), ("seen", seen)):
+        check_contiguous(name, counted, rows)
+        check_dtype(name, counted, torch.int64)
     if given is not None:
         check_contiguous("given", given, rows)
         check_dtype("given", given, torch.bool)
@@ -117,6 +122,7 @@ def route_step(
         queries_keys_ptr=queries_keys,
         previous_key_ptr=previous_key,
         chunks_ptr=chunks,
+        seen_ptr=seen,
         given_ptr=boundary if given is None else given,
         active_ptr=boundary if active is None else active,
         p_ptr=p,

@@ -1,5 +1,7 @@
 """What stands between the matrix products of a step on several rows, each one pass."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,7 @@ def norm_rows_kernel(
     keep_ptr,
     norm_ptr,
     active_ptr,
+    count_ptrs,
     out_ptr,
     width,
     x_stride,
@@ -39,6 +42,7 @@ def norm_rows_kernel(
     ADDED: tl.constexpr,
     SCALED: tl.constexpr,
     KEPT: tl.constexpr,
+    COUNTS: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -56,6 +60,8 @@ def norm_rows_kernel(
     if not live:
         tl.store(p_out, tl.zeros((BLOCK,), tl.float32), m_k)
         return
+    for i in tl.static_range(COUNTS):
+        tl.store(count_ptrs[i] + i_m, tl.load(count_ptrs[i] + i_m) + 1)
     x_ptr += i_m * x_stride
     x = tl.load(x_ptr + o_k, m_k, 0).to(tl.float32)
     if ADDED > 0:
@@ -107,6 +113,7 @@ def norm_rows(
     mean_square: Tensor | None = None,
     keep: Tensor | None = None,
     active: Tensor | None = None,
+    count: Sequence[Tensor] = (),
     begins: bool = False,
     eps: float = 1e-5,
 ) -> Tensor:
@@ -119,6 +126,7 @@ def norm_rows(
     mean_square:  float32 (rows, parts), of `state_step`: `add` is divided by the root of their sum
     keep:         float32 (rows, width): gets x
     active:       bool (rows,), or None for all. The others change nothing
+    count:        int64 (rows,) each: become one more in rows that are active
     begins:       whether to start only when all kernels before have ended
     out:          (rows, width), rounded once; zeros where a row is not active
 
@@ -138,6 +146,9 @@ def norm_rows(
     if keep is not None:
         check_contiguous("keep", keep, rows, width)
         check_dtype("keep", keep, torch.float32)
+    for counted in count:
+        check_contiguous("count", counted, rows)
+        check_dtype("count", counted, torch.int64)
     check_active(active, rows)
     out = norm_weight.new_empty(rows, width)
     norm_rows_kernel[(rows,)](
@@ -147,6 +158,7 @@ def norm_rows(
         keep_ptr=x if keep is None else keep,
         norm_ptr=norm_weight,
         active_ptr=x if active is None else active,
+        count_ptrs=tuple(count) or (x,),
         out_ptr=out,
         width=width,
         x_stride=x.stride(0),
@@ -156,6 +168,7 @@ def norm_rows(
         ADDED=0 if add is None else add.numel() // (rows * width),
         SCALED=0 if mean_square is None else triton.next_power_of_2(parts),
         KEPT=keep is not None,
+        COUNTS=len(count),
         HAS_ACTIVE=active is not None,
         BLOCK=triton.next_power_of_2(width),
         num_warps=4,
