@@ -321,7 +321,7 @@ def call_step_launchers() -> None:
     position = torch.arange(rows)
     count = [position, position]
     rows_step.norm_rows(wide, norm, add=parts, mean_square=squares, active=flags, count=count)
-    rows_step.norm_rows(x, norm, keep=wide)
+    rows_step.norm_rows(x, norm, keep=wide, active=flags, begins=True)
     rows_step.swiglu_rows(x)
     embed_step.embed_step(x, position)
     for batch, window in ((rows, -1), (1, 3000)):

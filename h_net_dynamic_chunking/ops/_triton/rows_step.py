@@ -43,12 +43,15 @@ def norm_rows_kernel(
     SCALED: tl.constexpr,
     KEPT: tl.constexpr,
     COUNTS: tl.constexpr,
+    BEGINS: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One row."""
+    if BEGINS:
+        wait_for_inputs(OVERLAP)
     let_next_start(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK)
@@ -127,7 +130,7 @@ def norm_rows(
     keep:         float32 (rows, width): gets x
     active:       bool (rows,), or None for all. The others change nothing
     count:        int64 (rows,) each: become one more in rows that are active
-    begins:       whether to start only when all kernels before have ended
+    begins:       whether kernels behind are to start only when all before this one have ended
     out:          (rows, width), rounded once; zeros where a row is not active
 
     Raises:
@@ -150,6 +153,7 @@ def norm_rows(
         check_contiguous("count", counted, rows)
         check_dtype("count", counted, torch.int64)
     check_active(active, rows)
+    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
     out = norm_weight.new_empty(rows, width)
     norm_rows_kernel[(rows,)](
         x_ptr=x,
@@ -169,10 +173,11 @@ def norm_rows(
         SCALED=0 if mean_square is None else triton.next_power_of_2(parts),
         KEPT=keep is not None,
         COUNTS=len(count),
+        BEGINS=begins,
         HAS_ACTIVE=active is not None,
         BLOCK=triton.next_power_of_2(width),
         num_warps=4,
-        **launch_options(x, begins),
+        **launch_options(x, begins and not recorded),
     )
     return out
 

@@ -3,9 +3,14 @@
 A step is a chain of short kernels, and starting one costs as much as running it. On Hopper and
 later the kernels therefore overlap (programmatic dependent launch): each starts while the one
 before still runs, asks for its weights, and waits for the other's results in `wait_for_inputs`.
-Weights, which no kernel writes, may be read before that. So may flags and caches which only other
-stacks and other steps have written, because the first kernel of a stack overlaps with none. Nothing
-else is, and nothing is written.
+Weights, which no kernel writes, may be read before that. So may flags which only kernels before the
+stack have written, and caches which only other steps have. Nothing else is, and nothing is written.
+
+That is safe because the first kernel of a stack starts when all before have ended; or it waits for
+them before it lets the next one start, and reads no flag before that. What starts behind it, one by
+the other, then finds in L2 what they have written. In L1 it might find what was there before; so
+flags are read past it, and caches are to be those of another replay of a CUDA graph, between which
+nothing overlaps: a first kernel that is not recorded does not start before all have ended.
 """
 
 import functools
@@ -52,7 +57,8 @@ def load_flag(pointer, GIVEN: tl.constexpr):
     """One bool; True where the tensor is not given."""
     flag = True
     if GIVEN:
-        flag = flag & tl.load(pointer)  # in this order: the interpreter keeps the type on the left
+        # In this order: the interpreter keeps the type on the left.
+        flag = flag & tl.load(pointer, cache_modifier=".cg")  # from L2
     return flag
 
 
