@@ -12,7 +12,7 @@ those of `DynamicSequenceChunker.forward` over whole sequences.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth, em
 from h_net_dynamic_chunking.ops.expansion import expand, expand_step
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype, cu_seqlens_from_lens
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels, linear_by_kernel
+
+if TYPE_CHECKING:
+    from h_net_dynamic_chunking.ops._triton.keep_step import Keep
 
 
 @dataclass(eq=False)
@@ -258,16 +261,35 @@ def route_step(
 
     x is (rows, dim), given and results are (rows,).
     """
-    plain = chunker.start_key is None and chunker.max_chunks is None
-    if not plain or not fits_step_kernels(x, chunker.to_queries_keys.weight, rows):
+    if not routes_by_kernel(chunker, x, rows):
         given = None if given is None else given[:, None]
         probs, opens = route(chunker, x[:, None], cache, None, rows, given)
         positions.advance(1, 1, rows)
         return Routed(probs[:, 0], opens[:, 0])
+    return Routed(*route_by_kernel(chunker, x, cache, positions, rows, given))
+
+
+def routes_by_kernel(chunker: DynamicSequenceChunker, x: Tensor, rows: Rows) -> bool:
+    """Whether `route_step` of x (rows, dim) is one kernel behind its projection."""
+    plain = chunker.start_key is None and chunker.max_chunks is None
+    return plain and fits_step_kernels(x, chunker.to_queries_keys.weight, rows)
+
+
+def route_by_kernel(
+    chunker: DynamicSequenceChunker,
+    x: Tensor,
+    cache: ChunkerCache,
+    positions: Positions,
+    rows: Rows,
+    given: Tensor | None = None,
+    keep: "Keep | None" = None,
+) -> tuple[Tensor, Tensor]:
+    """That kernel, which may also keep rows that wait; see there."""
     from h_net_dynamic_chunking.ops._triton.route_step import route_step
 
+    positions.bound += 1
     queries_keys = linear_by_kernel(x, chunker.to_queries_keys)
-    routed = route_step(
+    return route_step(
         chunker.to_queries_keys(x) if queries_keys is None else queries_keys,
         cache.previous_key,
         cache.chunks,
@@ -275,9 +297,8 @@ def route_step(
         chunker.boundary_threshold,
         rows.active,
         given,
+        keep,
     )
-    positions.bound += 1
-    return Routed(*routed)
 
 
 def upsample_step(

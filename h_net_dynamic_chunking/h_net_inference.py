@@ -190,12 +190,17 @@ class HNetInference(nn.Module):
 
     def enter(self, x: Tensor, cache: HNetCache, rows: Rows, given: Tensor | None) -> Entered:
         """The way in, for one position of each row."""
-        encoded = self._step("encoder", x, cache.encoder, rows)
-        chunker_inference.check_encoded(self.chunker, encoded)
+        encoded = self.encode(x, cache, rows)
         probs, opens = chunker_inference.route_step(
             self.chunker, encoded, cache.chunker, cache.positions, rows, given
         )
         return Entered(encoded, probs, opens)
+
+    def encode(self, x: Tensor, cache: HNetCache, rows: Rows) -> Tensor:
+        """(rows, dim): what the encoder makes of one position of each row, for the router."""
+        encoded = self._step("encoder", x, cache.encoder, rows)
+        chunker_inference.check_encoded(self.chunker, encoded)
+        return encoded
 
     def chunks(self, entered: Entered) -> Tensor:
         """(rows, dim_inner): what goes on to the network, in the rows that opened a chunk."""

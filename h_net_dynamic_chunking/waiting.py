@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.cache import Rows
+from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
+from h_net_dynamic_chunking.chunker_inference import (
+    route_by_kernel,
+    route_step,
+    routes_by_kernel,
+)
 from h_net_dynamic_chunking.h_net_inference import Entered, HNetCache, stages_of
-from h_net_dynamic_chunking.ops.backend import uses_triton
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 
 # Steps of a level, at most, for one of the next.
 _LONGEST_PERIOD = 8
@@ -92,15 +98,16 @@ class WaitingStep:
     ) -> tuple[Tensor, Tensor]:
         """The way in of the rows `active`; what they need on the way out is kept.
 
-        Returns which rows leave the stage, and which go in; see `keep_step`.
+        Returns which rows leave the stage, and which go in; see `ops._triton.keep_step.Keep`.
         """
         network, cache = self._stages[stage]
+        rows = Rows(active=active, checked=True)
         x = self._embed(self._ids) if stage == 0 else self._chunks(stage - 1)
-        entered = network.enter(x, cache, Rows(active=active, checked=True), None)
+        encoded = network.encode(x, cache, rows)
         if stage == len(self._kept):
-            encoded, probs, _ = map(torch.zeros_like, entered)
-            self._kept.append(Entered(encoded, probs, self.waits[stage + 1]))
-        return _keep(entered, active, self._kept[stage], go_in, around)
+            probs = encoded.new_zeros(len(encoded), dtype=accumulation_dtype(encoded.dtype))
+            self._kept.append(Entered(torch.zeros_like(encoded), probs, self.waits[stage + 1]))
+        return _route(network.chunker, encoded, cache, rows, self._kept[stage], go_in, around)
 
     def _chunks(self, stage: int) -> Tensor:
         return self._stages[stage][0].chunks(self._kept[stage])
@@ -119,18 +126,27 @@ class WaitingStep:
         return network.leave(z, Entered(encoded, probs, back), cache, rows)
 
 
-def _keep(
-    entered: Entered, active: Tensor, kept: Entered, go_in: bool, around: list[Tensor] | None
+def _route(
+    chunker: DynamicSequenceChunker,
+    encoded: Tensor,
+    cache: HNetCache,
+    rows: Rows,
+    kept: Entered,
+    go_in: bool,
+    around: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Keep the active rows, and say which leave, and which go in; see `keep_step`."""
-    if uses_triton(entered.encoded):
-        from h_net_dynamic_chunking.ops._triton.keep_step import keep_step
+    """Keep the rows that are active, and say which leave, and which go in; see `Keep`."""
+    if routes_by_kernel(chunker, encoded, rows):
+        from h_net_dynamic_chunking.ops._triton.keep_step import Keep
 
-        return keep_step(*entered, active, *kept, go_in=go_in, around=around)
-    encoded, probs, waits = kept
-    torch.where(active[:, None], entered.encoded, encoded, out=encoded)
-    torch.where(active, entered.probs, probs, out=probs)
-    waits |= entered.opens
+        keep = Keep(encoded, *kept, go_in, around)
+        return route_by_kernel(chunker, encoded, cache.chunker, cache.positions, rows, keep=keep)
+    probs, opens = route_step(chunker, encoded, cache.chunker, cache.positions, rows)
+    active, waits = rows.active, kept.opens
+    assert active is not None
+    torch.where(active[:, None], encoded, kept.encoded, out=kept.encoded)
+    torch.where(active, probs, kept.probs, out=kept.probs)
+    waits |= opens
     leaves, inward = active & ~waits, waits & go_in
     if go_in:
         waits.zero_()

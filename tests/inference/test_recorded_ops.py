@@ -77,7 +77,7 @@ def test_a_step_of_each_depth(kernels: Counter[str]) -> None:
                 step(depth)
             assert launched.names == ["aten::cat"] * max(0, depth - 1), depth
             stages = min(depth + 1, model.config.stages)
-            for name in ("route_step_kernel", "keep_step_kernel", "dechunk_step_kernel"):
+            for name in ("route_step_kernel", "dechunk_step_kernel"):
                 assert kernels[name] == stages, (name, depth)
             for name in ("embed_step_kernel", "choose_step_kernel"):
                 assert kernels[name] == 1, (name, depth)

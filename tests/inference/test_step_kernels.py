@@ -59,9 +59,10 @@ def test_one_row_at_rest_keeps_its_cache() -> None:
         assert torch.equal(now, then)
 
 
-def test_bfloat16_rows_do_not_depend_on_each_other() -> None:
+@pytest.mark.parametrize("name", ["one_stage", "three_stages"])
+def test_bfloat16_rows_do_not_depend_on_each_other(name: str) -> None:
     """On the products of several rows: two rows that wait, beside three in lock-step."""
-    model = random_model("one_stage", torch.float32, d_state=16).bfloat16()
+    model = random_model(name, torch.float32, d_state=16).bfloat16()
     prompts = [bytes(row.tolist()) for row in random_ids(3, 6)]
     with use_backend("triton"):
         want = generate(model, prompts, 4, temperature=0, eos=False, plan="masked")

@@ -87,7 +87,6 @@ _STEPS = (
     conv_step,
     dechunk_step,
     embed_step,
-    keep_step,
     linear_step,
     product_step,
     route_step,
@@ -338,9 +337,9 @@ def call_step_launchers() -> None:
     probs, opens, chunks = torch.rand(rows), ~flags, torch.ones(rows, dtype=torch.int64)
     route_step.route_step(bf16(rows, 2 * dim), x, chunks, chunks, 0.5, flags, opens)
     dechunk_step.dechunk_step(x, wide, probs, opens, wide, torch.bfloat16)
-    for around in (None, [], [flags, flags]):
-        keep_step.keep_step(x, probs, opens, flags, x, probs, flags, go_in=True, around=around)
-    keep_step.keep_step(x, probs, opens, flags, x, probs, flags, go_in=False, around=[flags])
+    for go_in, around in ((True, None), (True, []), (True, [flags, flags]), (False, [flags])):
+        keep = keep_step.Keep(x, x, probs, flags, go_in, around)
+        route_step.route_step(bf16(rows, 2 * dim), x, chunks, chunks, 0.5, flags, keep=keep)
     choose_step.choose_step(
         bf16(rows, 256),
         torch.rand(rows, 9),

@@ -28,7 +28,7 @@ from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
 from h_net_dynamic_chunking.ops._triton.conv_step import Convolution, conv_step
 from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
 from h_net_dynamic_chunking.ops._triton.embed_step import embed_step
-from h_net_dynamic_chunking.ops._triton.keep_step import keep_step
+from h_net_dynamic_chunking.ops._triton.keep_step import Keep
 from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
 from h_net_dynamic_chunking.ops._triton.product_step import Cut, product_step
 from h_net_dynamic_chunking.ops._triton.route_step import route_step
@@ -494,26 +494,33 @@ def test_route_at_the_edges() -> None:
 
 @pytest.mark.parametrize("go_in", [False, True])
 @pytest.mark.parametrize("stages_around", [None, 0, 2])
-def test_keep(go_in: bool, stages_around: int | None) -> None:
+def test_route_and_keep(go_in: bool, stages_around: int | None) -> None:
     """Rows that are active are kept, and wait where they open a chunk; the others stay.
 
     Those that wait may go in. Of the innermost stage these are back, and what leaves it leaves the
     stages around.
     """
     flags = torch.tensor([[a, o, w] for a in (0, 1) for o in (0, 1) for w in (0, 1)]).bool()
-    active, opens, waits = flags.to(DEVICE).T.contiguous()
+    active, given, waits = flags.to(DEVICE).T.contiguous()
+    queries_keys, previous = numbers(8, 12), numbers(8, 6, seed=1)
     encoded, kept = (numbers(8, 37, seed=s, dtype=torch.bfloat16) for s in (1, 2))
-    probs, kept_probs = numbers(8, seed=3), numbers(8, seed=4)
+    kept_probs = numbers(8, seed=4)
+    chunks = torch.ones(8, dtype=torch.int64, device=DEVICE)
+    inputs = queries_keys, previous, chunks, chunks
+    probs, opens = route_step(*(x.clone() for x in inputs), 0.5, active, given)
+    assert opens.any()
     want = encoded.where(active[:, None], kept), probs.where(active, kept_probs)
-    waiting = waits | opens & active
-    encoded[~active], probs[~active] = torch.nan, torch.nan
+    waiting = waits | opens
+    encoded[~active], queries_keys[~active] = torch.nan, torch.nan
     around, was_around = None, []
     if stages_around is not None:
         around = [boundaries(8, seed=s, device=DEVICE) for s in range(stages_around)]
         was_around = [outer.clone() for outer in around]
-    leaves, inward = keep_step(
-        encoded, probs, opens, active, kept, kept_probs, waits, go_in=go_in, around=around
-    )
+    keep = Keep(encoded, kept, kept_probs, waits, go_in, around)
+    moved = [x.clone() for x in inputs[1:]]
+    leaves, inward = route_step(queries_keys, *moved, 0.5, active, given, keep)
+    assert torch.equal(moved[1], chunks + opens)
+    assert torch.equal(moved[2], chunks + active)
     assert torch.equal(kept, want[0])
     assert torch.equal(kept_probs, want[1])
     nobody = torch.zeros_like(waiting)
@@ -529,14 +536,18 @@ def test_keep(go_in: bool, stages_around: int | None) -> None:
 
 def test_keep_refuses() -> None:
     x, probs, flags = numbers(2, 8), numbers(2), torch.ones(2, dtype=torch.bool, device=DEVICE)
-    for wrong, message in (
-        ({"waits": probs}, r"waits must be torch\.bool"),
-        ({"kept_encoded": x[:, :7]}, "kept_encoded must have shape"),
-        ({"around": [probs]}, r"around must be torch\.bool"),
+    chunks, keep = flags.long(), Keep(x, x, probs, flags, True, None)
+    for wrong, active, message in (
+        ({"waits": probs}, flags, r"waits must be torch\.bool"),
+        ({"kept_encoded": x[:, :7]}, flags, "kept_encoded must have shape"),
+        ({"kept_probs": probs.double()}, flags, r"kept_probs must be torch\.float32"),
+        ({"around": [probs]}, flags, r"around must be torch\.bool"),
+        ({}, None, "active must be given with keep"),
     ):
-        arguments = {"kept_encoded": x, "kept_probs": probs, "waits": flags, "around": None}
         with pytest.raises(ValueError, match=message):
-            keep_step(x, probs, flags, flags, **arguments | wrong, go_in=True)
+            route_step(
+                x, x[:, :4].clone(), chunks, chunks, 0.5, active, keep=keep._replace(**wrong)
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

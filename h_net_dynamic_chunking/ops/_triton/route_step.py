@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from h_net_dynamic_chunking.ops._triton.keep_step import Keep, keep_arguments, where_to
 from h_net_dynamic_chunking.ops._triton.step_common import (
     check_active,
     check_contiguous,
@@ -36,15 +37,29 @@ def route_step_kernel(
     active_ptr,
     p_ptr,
     boundary_ptr,
+    encoded_ptr,
+    kept_encoded_ptr,
+    waits_ptr,
+    inward_ptr,
+    leaves_ptr,
+    around_ptrs,
     queries_keys_stride,
     threshold,
+    width,
+    encoded_stride,
     DIM: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
+    KEPT: tl.constexpr,
+    GO_IN: tl.constexpr,
+    INNERMOST: tl.constexpr,
+    AROUND: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_KEPT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """One row."""
     let_next_start(OVERLAP)
     wait_for_inputs(OVERLAP)
     i_m = tl.program_id(0).to(tl.int64)
@@ -56,22 +71,44 @@ def route_step_kernel(
     q = tl.load(row + o_d, mask, 0).to(tl.float32)
     k = tl.load(row + DIM + o_d, mask, 0).to(tl.float32)
     previous = tl.load(p_previous, mask, 0).to(tl.float32)
+    chunks, seen = tl.load(chunks_ptr + i_m), tl.load(seen_ptr + i_m)
+    if KEPT:
+        o_w = tl.arange(0, BLOCK_KEPT)
+        m_w = (o_w < width) & live
+        encoded = tl.load(encoded_ptr + i_m * encoded_stride + o_w, m_w, 0)
+        waits = load_flag(waits_ptr + i_m, True)
 
     p = 0.5 - 0.5 * tl.sum(unit(q) * unit(previous), 0)
     # A NaN stays one, and is no boundary.
     p = tl.where(p < 0, 0.0, tl.where(p > 1, 1.0, p))
-    chunks = tl.load(chunks_ptr + i_m)
     p = tl.where(chunks == 0, 1.0, p)
     opens = p > threshold
     if HAS_GIVEN:
         opens = tl.load(given_ptr + i_m) | (chunks == 0)
     opens = opens & live
-    tl.store(p_ptr + i_m, tl.where(live, p, 0.0))
-    tl.store(boundary_ptr + i_m, opens)
     tl.store(chunks_ptr + i_m, chunks + opens.to(tl.int64))
-    tl.store(seen_ptr + i_m, tl.load(seen_ptr + i_m) + live)
+    tl.store(seen_ptr + i_m, seen + live)
     k = rounded(k, previous_key_ptr.dtype.element_ty, INTERPRETED)
     tl.store(p_previous, k, mask & live)
+    if KEPT:
+        tl.store(p_ptr + i_m, p, live)
+        tl.store(kept_encoded_ptr + i_m * width + o_w, encoded, m_w)
+        where_to(
+            i_m,
+            opens,
+            waits,
+            live,
+            waits_ptr,
+            inward_ptr,
+            leaves_ptr,
+            around_ptrs,
+            GO_IN,
+            INNERMOST,
+            AROUND,
+        )
+    else:
+        tl.store(p_ptr + i_m, tl.where(live, p, 0.0))
+        tl.store(boundary_ptr + i_m, opens)
 
 
 @on_its_device
@@ -83,6 +120,7 @@ def route_step(
     threshold: float,
     active: Tensor | None = None,
     given: Tensor | None = None,
+    keep: Keep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """p = (1 - cos(q, previous key)) / 2 of each row, and whether it lies above the threshold.
 
@@ -95,7 +133,9 @@ def route_step(
     active:         bool (rows,), or None for all. The others open no chunk, keep their previous
                     key to the bit, and have p = 0
     given:          bool (rows,): boundaries to use in place of the threshold's
-    out:            p, float32 (rows,), and the boundaries, bool (rows,)
+    keep:           what else happens to the rows, for which `active` must be given
+    out:            p, float32 (rows,), and the boundaries, bool (rows,); with `keep`, which has p,
+                    bool (rows,) twice: rows that leave, and rows that go in
 
     Norms and products are float32. A zero vector has p = 0.5; see `ops.boundary`.
 
@@ -116,8 +156,13 @@ def route_step(
         check_contiguous("given", given, rows)
         check_dtype("given", given, torch.bool)
     check_active(active, rows)
-    p = queries_keys.new_empty(rows, dtype=torch.float32)
+    if keep is not None:
+        if active is None:
+            raise ValueError("active must be given with keep")
+        keep.check(rows)
     boundary = queries_keys.new_empty(rows, dtype=torch.bool)
+    p = queries_keys.new_empty(rows, dtype=torch.float32) if keep is None else keep.kept_probs
+    inward = boundary if keep is None else torch.empty_like(boundary)
     route_step_kernel[(rows,)](
         queries_keys_ptr=queries_keys,
         previous_key_ptr=previous_key,
@@ -134,6 +179,7 @@ def route_step(
         HAS_ACTIVE=active is not None,
         BLOCK=triton.next_power_of_2(dim),
         num_warps=4,
+        **keep_arguments(keep, boundary, inward, queries_keys),
         **launch_options(queries_keys),
     )
-    return p, boundary
+    return (p, boundary) if keep is None else (boundary, inward)
