@@ -20,7 +20,7 @@ from h_net_dynamic_chunking.ops import (
     boundary_probability_of_pairs,
     dechunk,
 )
-from h_net_dynamic_chunking.ops.compaction import PendingSegmentation
+from h_net_dynamic_chunking.ops.compaction import PendingSegmentation, begin_segment_above
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 from h_net_dynamic_chunking.ops.shared_linear import routed
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
@@ -291,11 +291,11 @@ class DynamicSequenceChunker(nn.Module):
         else:
             queries_keys = self.to_queries_keys(packed)
             probs = boundary_probability_of_pairs(queries_keys, layout.cu_seqlens, start_keys)
+        limits = layout.cu_seqlens, self.max_chunks
         if boundary_mask is None:
-            asked = probs > self.boundary_threshold
+            pending = begin_segment_above(self.boundary_threshold, probs, *limits)
         else:
-            asked = layout.pack(boundary_mask)
-        pending = begin_segment(asked, layout.cu_seqlens, self.max_chunks)
+            pending = begin_segment(layout.pack(boundary_mask), *limits)
         return PendingRoute(packed, queries_keys, probs, pending)
 
     def _check(self, tokens: Tensor, boundary_mask: Tensor | None, layout: Layout) -> None:
@@ -432,7 +432,7 @@ def _checked_chunks(z: Tensor, chunk_layout: Layout) -> Tensor:
         if not same_rows(z, chunk_layout.cu_seqlens):
             raise ValueError("inner must have rows as long as those of the chunks that went in")
         z = z.values()
-    if z.ndim != len(chunk_layout.shape) + 1 or tuple(z.shape[:-1]) != chunk_layout.shape:
+    if z.shape[:-1] != chunk_layout.shape:
         raise ValueError(
             f"inner must have shape {(*chunk_layout.shape, 'width')}, as the chunks went in, "
             f"got {tuple(z.shape)}"

@@ -209,6 +209,8 @@ def check_lens(lens: Tensor, batch: int, length: int) -> None:
 
 def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     """The values as an integer tensor."""
+    if isinstance(values, Tensor) and values.dtype in (torch.int32, torch.int64):
+        return values
     try:
         tensor = torch.as_tensor(values)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -217,7 +219,7 @@ def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
         return tensor.to(torch.int64)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {tensor.dtype}")
-    return tensor if tensor.dtype == torch.int32 else tensor.to(torch.int64)
+    return tensor.to(torch.int64)
 
 
 def same_rows(nested: Tensor, cu_seqlens: Tensor) -> bool:

@@ -49,7 +49,9 @@ def hidden_states(result: Any, name: str = "the network") -> Tensor:
     Raises:
         ValueError: there is no tensor in any of these places.
     """
-    candidates = [result]
+    if isinstance(result, Tensor):
+        return result
+    candidates = []
     if isinstance(result, (tuple, list)) and result:
         candidates.append(result[0])
     candidates += [getattr(result, name, None) for name in ("output", "last_hidden_state")]

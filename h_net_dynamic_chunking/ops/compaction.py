@@ -23,6 +23,7 @@ from torch import Tensor
 from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
     check_cu_seqlens,
+    check_packed,
     check_same_length,
     gather_or_zero,
     in_some_sequence,
@@ -30,7 +31,7 @@ from h_net_dynamic_chunking.ops.packing import (
     sequence_starts,
 )
 from h_net_dynamic_chunking.ops.places import padded_places
-from h_net_dynamic_chunking.ops.registration import operation
+from h_net_dynamic_chunking.ops.registration import apply, is_watched, operation
 
 
 class Segmentation(NamedTuple):
@@ -70,7 +71,7 @@ class Segmentation(NamedTuple):
         rows = ahead.resize_(positions.shape[0], x.shape[1])
         if not (x.requires_grad and torch.is_grad_enabled()):
             return rows
-        tracked: Tensor = _GatheredAhead.apply(x, positions, slots, [rows])  # type: ignore[no-untyped-call]  # torch's
+        tracked: Tensor = apply(_GatheredAhead, x, positions, slots, [rows])
         return tracked
 
     def at_boundaries(self, values: Tensor) -> Tensor:
@@ -92,8 +93,14 @@ class PendingSegmentation:
     wanted: Tensor
     """bool (total,): as in `Segmentation`, and known at once."""
 
-    def __init__(self, boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None) -> None:
-        self.wanted, kept, *rest = _segment(boundary_mask, cu_seqlens, max_chunks)
+    def __init__(
+        self,
+        asked: Tensor,
+        cu_seqlens: Tensor,
+        max_chunks: int | None,
+        threshold: float | None = None,
+    ) -> None:
+        self.wanted, kept, *rest = _segment(asked, cu_seqlens, max_chunks, threshold)
         self._kept = self.wanted if max_chunks is None else kept
         self._starts, self._positions, self._chunks, self._slots, self._cu_chunks, sizes = rest
         self._max_chunks, self._sizes = max_chunks, sizes
@@ -106,7 +113,9 @@ class PendingSegmentation:
         for `room` of them, which stays as large as that. None, with nothing queued, elsewhere and
         with a limit.
         """
-        if self._read is None or torch.compiler.is_compiling() or not _moves_on_triton(x):
+        if self._read is None or torch.compiler.is_compiling() or is_watched():
+            return None
+        if not _moves_on_triton(x):
             return None
         from h_net_dynamic_chunking.ops._triton.gather import gather
 
@@ -168,10 +177,33 @@ def begin_segment(
             f"boundary_mask must be bool of shape (total,), "
             f"got {boundary_mask.dtype} of shape {tuple(boundary_mask.shape)}"
         )
+    _check_limits(cu_seqlens, max_chunks)
+    return PendingSegmentation(boundary_mask, cu_seqlens, max_chunks)
+
+
+def begin_segment_above(
+    threshold: float, probs: Tensor, cu_seqlens: Tensor, max_chunks: int | None = None
+) -> PendingSegmentation:
+    """`begin_segment(probs > threshold, ...)`, where a kernel compares as it reads them.
+
+    Args:
+        threshold: see above.
+        probs: float (total,).
+        cu_seqlens: as in `segment`.
+        max_chunks: as in `segment`.
+
+    Raises:
+        ValueError: as `segment`.
+    """
+    check_packed("probs", probs, 1)
+    _check_limits(cu_seqlens, max_chunks)
+    return PendingSegmentation(probs.detach(), cu_seqlens, max_chunks, threshold)
+
+
+def _check_limits(cu_seqlens: Tensor, max_chunks: int | None) -> None:
     check_cu_seqlens(cu_seqlens)
     if max_chunks is not None and max_chunks < 1:
         raise ValueError(f"max_chunks must be at least 1, got {max_chunks}")
-    return PendingSegmentation(boundary_mask, cu_seqlens, max_chunks)
 
 
 def segment(
@@ -223,18 +255,23 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 @operation("segment")
 def _segment(
-    boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
+    asked: Tensor, cu_seqlens: Tensor, max_chunks: int | None, threshold: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Wanted, kept (empty without a limit), starts, positions (room for all; without a limit what
     lies behind the last chunk may be unwritten), chunk of position, slot of position, cu_chunks,
-    and the sizes that the host wants: chunks, in the longest."""
-    if uses_triton(boundary_mask, moves_only=True):
+    and the sizes that the host wants: chunks, in the longest.
+
+    What is asked for is a mask; with a threshold, probabilities above it."""
+    # The kernels compare in float32.
+    if threshold is not None and (asked.dtype != torch.float32 or not uses_triton(asked)):
+        asked, threshold = asked > threshold, None
+    if uses_triton(asked, moves_only=True):
         from h_net_dynamic_chunking.ops._triton import segmentation
 
-        return segmentation.segment(boundary_mask, cu_seqlens, max_chunks)
-    total, batch = boundary_mask.shape[0], cu_seqlens.shape[0] - 1
+        return segmentation.segment(asked, cu_seqlens, max_chunks, threshold)
+    total, batch = asked.shape[0], cu_seqlens.shape[0] - 1
     live, starts = in_some_sequence(cu_seqlens, total), sequence_starts(cu_seqlens, total)
-    wanted = (boundary_mask | starts) & live
+    wanted = (asked | starts) & live
     cu_seqlens = cu_seqlens.to(torch.int64)
     kept, opens, room = wanted.new_empty(0), wanted, total
     if max_chunks is not None:
@@ -282,14 +319,15 @@ def _within_limit(opens: Tensor, cu_seqlens: Tensor, max_chunks: int) -> Tensor:
 
 @_segment.register_fake
 def _(
-    boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
+    asked: Tensor, cu_seqlens: Tensor, max_chunks: int | None, threshold: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    total, batch = boundary_mask.shape[0], cu_seqlens.shape[0] - 1
-    integers = torch.empty_like(boundary_mask, dtype=torch.int64)
+    total, batch = asked.shape[0], cu_seqlens.shape[0] - 1
+    mask = torch.empty_like(asked, dtype=torch.bool)
+    integers = torch.empty_like(asked, dtype=torch.int64)
     return (
-        torch.empty_like(boundary_mask),
-        boundary_mask.new_empty(0 if max_chunks is None else total),
-        torch.empty_like(boundary_mask),
+        mask,
+        mask.new_empty(0 if max_chunks is None else total),
+        torch.empty_like(mask),
         integers.new_empty(total if max_chunks is None else batch * max_chunks),
         integers,
         torch.empty_like(integers),

@@ -47,10 +47,12 @@ class Operation:
         # Most often there are no other kinds, and then no argument need be looked at by itself.
         if not kinds <= _ORDINARY and any(issubclass(kind, Tensor) for kind in kinds - _ORDINARY):
             return self._overload(*arguments)
-        if wants_grad and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            if self._function is None:
-                return self._overload(*arguments)
-            return self._function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
+        if wants_grad:
+            for argument in arguments:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    if self._function is None:
+                        return self._overload(*arguments)
+                    return apply(self._function, *arguments)
         return self._implementation(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +128,15 @@ def is_watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
     )
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, where nothing is active that `is_watched` tells of.
+
+    Past what `apply` does in Python for the transforms of torch.func, which takes 1 us, and 2.5 us
+    with 16 arguments (CPU, torch 2.13.0).
+    """
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 class _Refusing(torch.autograd.Function):

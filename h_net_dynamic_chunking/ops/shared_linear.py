@@ -20,15 +20,16 @@ from h_net_dynamic_chunking.ops.boundary import (
 )
 from h_net_dynamic_chunking.ops.packing import check_cu_seqlens
 from h_net_dynamic_chunking.ops.plain import is_product
-from h_net_dynamic_chunking.ops.registration import is_watched
+from h_net_dynamic_chunking.ops.registration import apply, is_watched
 
 
 def shared_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """`linear(x)` for x (total, in), and x for whatever else uses it."""
-    if not (x.requires_grad and torch.is_grad_enabled()) or not _is_fit(x, linear):
+    weight = _tracked_weight(x, linear)
+    if weight is None:
         return linear(x), x
     y: Tensor
-    y, x = _SharedLinear.apply(x, linear.weight.to(x.dtype))  # type: ignore[no-untyped-call]  # torch's
+    y, x = apply(_SharedLinear, x, weight)
     return y, x
 
 
@@ -36,19 +37,22 @@ def routed(
     x: Tensor, linear: nn.Linear, cu_seqlens: Tensor, start_key: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`boundary_probability_of_pairs(linear(x), ...)`, and x for whatever else uses it."""
-    tracked = x.requires_grad and torch.is_grad_enabled()
-    if start_key is not None or not tracked or not _is_fit(x, linear):
+    weight = None if start_key is not None else _tracked_weight(x, linear)
+    if weight is None:
         queries_keys, x = shared_linear(x, linear)
         return boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key), x
     check_cu_seqlens(cu_seqlens)
     p: Tensor
-    p, x = _Routed.apply(x, linear.weight.to(x.dtype), cu_seqlens)  # type: ignore[no-untyped-call]  # torch's
+    p, x = apply(_Routed, x, weight, cu_seqlens)
     return p, x
 
 
-def _is_fit(x: Tensor, linear: nn.Linear) -> bool:
-    """Whether the nodes below may stand for the layer: it is a product, and nobody looks on."""
-    return is_product(linear, x) and not torch.compiler.is_compiling() and not is_watched()
+def _tracked_weight(x: Tensor, linear: nn.Linear) -> Tensor | None:
+    """The weight in the dtype of x, if x takes a gradient and the layer is a product, no more."""
+    if not (x.requires_grad and torch.is_grad_enabled() and is_product(linear, x)):
+        return None
+    looked_at = torch.compiler.is_compiling() or is_watched()
+    return None if looked_at else linear.weight.to(x.dtype)
 
 
 class _SharedLinear(torch.autograd.Function):
@@ -56,7 +60,7 @@ class _SharedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
-        return torch.mm(x, weight.t()), x.view_as(x)
+        return torch.nn.functional.linear(x, weight), x.view_as(x)
 
     @staticmethod
     def backward(
@@ -70,7 +74,7 @@ class _SharedLinear(torch.autograd.Function):
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        queries_keys = torch.mm(x, weight.t())
+        queries_keys = torch.nn.functional.linear(x, weight)
         ctx.save_for_backward(x, weight, queries_keys, cu_seqlens)
         ctx.set_materialize_grads(False)
         ctx.backend = chosen_backend()

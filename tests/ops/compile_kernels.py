@@ -166,8 +166,8 @@ def call_launchers() -> None:
     z = torch.randn(len(s.boundary_positions), dim).bfloat16()
     boundary.boundary_fwd(pairs, cu_seqlens)
     boundary.boundary_bwd(p, pairs, cu_seqlens)
-    segmentation.segment(mask, cu_seqlens, None)
-    segmentation.segment(mask, cu_seqlens.int(), 7)
+    segmentation.segment(mask, cu_seqlens, None, None)
+    segmentation.segment(p, cu_seqlens.int(), 7, 0.5)
     for count in (None, s.cu_chunks):
         gather.gather(x, s.boundary_positions, count)
     ratio.ratio_loss_fwd(mask, p, cu_seqlens, 6.0, 0.03)

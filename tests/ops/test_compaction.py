@@ -86,7 +86,8 @@ def test_gradcheck_and_opcheck() -> None:
     cu_seqlens, mask, x = cumulative([3, 0, 4]), boundaries(7), randn(7, 5)
     for limit in (None, 2):
         assert torch.autograd.gradcheck(lambda x, n=limit: compact(x, mask, cu_seqlens, n)[0], x)
-        torch.library.opcheck(torch.ops.h_net.segment.default, (mask, cu_seqlens, limit))
+        for asked in ((mask, cu_seqlens, limit), (mask.float(), cu_seqlens, limit, 0.5)):
+            torch.library.opcheck(torch.ops.h_net.segment.default, asked)
         segmentation = segment(mask, cu_seqlens, limit)
         index, inverse = segmentation.boundary_positions, segmentation.slot_of_position
         torch.library.opcheck(torch.ops.h_net.gather_rows.default, (x, index, inverse))

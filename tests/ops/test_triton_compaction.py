@@ -1,12 +1,15 @@
 """The kernels of compaction against the torch operations: integers, so equal."""
 
+from typing import Literal
+
 import pytest
 import torch
 
 from h_net_dynamic_chunking.ops import begin_segment, compact, gather_rows, segment, use_backend
+from h_net_dynamic_chunking.ops.compaction import begin_segment_above
 from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
-from tests.support import boundaries, cumulative, randn
+from tests.support import boundaries, cumulative, probabilities, randn
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic")
@@ -27,6 +30,26 @@ def test_segmentation(lens: list[int], limit: int | None, tail: int) -> None:
             got = segment(mask, cu_seqlens, limit)
         for name, g, w in zip(want._fields, got, want, strict=True):
             assert g == w if isinstance(g, int) else g.tolist() == w.tolist(), name
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_probabilities_above_a_threshold(
+    backend: Literal["torch", "triton"], dtype: torch.dtype, limit: int | None
+) -> None:
+    """Strictly above it, as the operation of torch compares them; NaN is not."""
+    threshold = 0.3  # which float32 and float64 round apart
+    p = probabilities(60, device=DEVICE).detach().to(dtype)
+    p[:50:5], p[7] = threshold, torch.nan
+    cu_seqlens = cumulative([30, 0, 28], DEVICE)
+    with use_backend(backend if dtype == torch.float32 else "auto"):
+        want = begin_segment(p > threshold, cu_seqlens, limit).finish()
+        got = begin_segment_above(threshold, p.requires_grad_(), cu_seqlens, limit).finish()
+    for name, g, w in zip(want._fields, got, want, strict=True):
+        assert g == w if isinstance(g, int) else torch.equal(g, w), name
+    with pytest.raises(ValueError, match="probs must be a floating-point tensor"):
+        begin_segment_above(threshold, p > threshold, cu_seqlens, limit)
 
 
 @pytest.mark.parametrize("limit", [None, 2])

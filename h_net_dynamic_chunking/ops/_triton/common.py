@@ -94,17 +94,21 @@ def launch(
         num_warps: Warps of a program.
     """
     key, passed, addresses, largest = [id(kernel), num_warps, *constants.values()], [], 0, 0
+    device = None
     for value in arguments.values():
         if isinstance(value, Tensor):
             # Of each: Triton refuses a tensor of the host, whose address a kernel would read.
-            device = value.get_device()
-            key += (value.dtype, device)
+            if value.get_device() != device:
+                device = value.get_device()
+                key.append(device)
+            key.append(value.dtype)
             value = value.data_ptr()
             addresses |= value
         elif type(value) is int and value > largest:
             largest = value
         # Triton would ask a tensor for its address once more, and the driver about that.
         passed.append(value)
+    assert device is not None
     if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, programs, arguments, constants, num_warps)

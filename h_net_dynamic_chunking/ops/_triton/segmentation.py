@@ -19,14 +19,27 @@ _SEQUENCES = 1024
 
 
 @triton.jit(do_not_specialize=["T", "B", "steps"])
-def count_kernel(mask, cu, starts, wanted, counts, T, B, steps, BLOCK: tl.constexpr):
+def count_kernel(
+    asked,
+    cu,
+    starts,
+    wanted,
+    counts,
+    T,
+    B,
+    steps,
+    threshold,
+    COMPARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Mark the starts and what is asked for, and count the latter in each block."""
     i_b = tl.program_id(0).to(tl.int64)
     o_t = i_b * BLOCK + tl.arange(0, BLOCK)
     m_t = o_t < T
     i_sequence = sequence_of(cu, o_t, B, steps)
     b_start = (i_sequence < B) & (tl.load(cu + i_sequence).to(tl.int64) == o_t)
-    b_asked = tl.load(mask + o_t, mask=m_t, other=0) != 0
+    b_asked = tl.load(asked + o_t, mask=m_t, other=0)
+    b_asked = b_asked > threshold if COMPARE else b_asked != 0
     b_wanted = m_t & (i_sequence < B) & (b_asked | b_start)
     tl.store(starts + o_t, b_start, mask=m_t)
     tl.store(wanted + o_t, b_wanted, mask=m_t)
@@ -122,16 +135,16 @@ def limit_kernel(
 
 
 def segment(
-    boundary_mask: Tensor, cu_seqlens: Tensor, max_chunks: int | None
+    asked: Tensor, cu_seqlens: Tensor, max_chunks: int | None, threshold: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The results of the operation `h_net::segment`."""
-    boundary_mask, cu = boundary_mask.contiguous(), cu_seqlens.contiguous()
-    total, batch = boundary_mask.shape[0], cu.shape[0] - 1
+    """The results of the operation `h_net::segment`; with a threshold, of float32."""
+    asked, cu = asked.contiguous(), cu_seqlens.contiguous()
+    total, batch = asked.shape[0], cu.shape[0] - 1
     blocks, steps = cdiv(total, _BLOCK), halvings(batch)
     limited = max_chunks is not None
-    wanted, starts = torch.empty_like(boundary_mask), torch.empty_like(boundary_mask)
-    kept = torch.empty_like(boundary_mask) if limited else boundary_mask.new_empty(0)
-    number = torch.empty_like(boundary_mask, dtype=torch.int64)
+    wanted = torch.empty_like(asked, dtype=torch.bool)
+    starts, kept = torch.empty_like(wanted), wanted.new_empty(total if limited else 0)
+    number = torch.empty_like(asked, dtype=torch.int64)
     slots = torch.empty_like(number)
     positions = torch.empty_like(number)
     if max_chunks is not None:
@@ -143,15 +156,16 @@ def segment(
         count_kernel,
         blocks,
         {
-            "mask": boundary_mask,
+            "asked": asked,
             "cu": cu,
             "starts": starts,
             "wanted": wanted,
             "counts": counts,
             **lengths,
             "steps": steps,
+            "threshold": 0.0 if threshold is None else float(threshold),
         },
-        {"BLOCK": _BLOCK},
+        {"COMPARE": threshold is not None, "BLOCK": _BLOCK},
         num_warps=8,
     )
     launch(

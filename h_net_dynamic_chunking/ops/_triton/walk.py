@@ -12,6 +12,7 @@ A number that is not finite spreads to its channel of the chunks behind it in it
 as their gates let through more than `NEGLIGIBLE`, and to nothing else.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +42,17 @@ _SMALLEST_BLOCK = 32
 
 def divide(x: Tensor, total: int, block_d: int) -> Walk:
     """Blocks of positions and stretches of channels for chunks x (chunks, dim)."""
-    dim = x.shape[1]
+    return _divide(x.shape[1], x.dtype, total, block_d)
+
+
+@lru_cache
+def _divide(dim: int, dtype: torch.dtype, total: int, block_d: int) -> Walk:
     block_d = min(power_of_2(dim), block_d)
     wanted = max(_BLOCKS, _PROGRAMS // cdiv(dim, block_d))
     block = max(_SMALLEST_BLOCK, power_of_2(cdiv(total, wanted)))
     blocks = cdiv(total, block)
     # A 256th of what float32 rounds off, and a 500th of what float16 does.
-    negligible = 2.0**-32 if x.dtype == torch.float32 else 2.0**-20
+    negligible = 2.0**-32 if dtype == torch.float32 else 2.0**-20
     return Walk(
         block,
         blocks,
