@@ -15,6 +15,7 @@ size batch * max_chunks, its tail holds zeros, and boundaries past the limit of 
 dropped, first come first served, so that the choice stays causal.
 """
 
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -145,23 +146,48 @@ class PendingSegmentation:
         )
 
 
+class _Landing(NamedTuple):
+    """Where a copy to the host arrives, and by what one knows that it has."""
+
+    memory: Tensor
+    """int64 (2,), pinned."""
+    event: torch.cuda.Event
+
+
+# To which nothing is on its way: to make one, and to give it back, takes calls of the driver.
+_FREE_LANDINGS: defaultdict[torch.device, list[_Landing]] = defaultdict(list)
+
+
+def _landing(device: torch.device) -> _Landing:
+    try:
+        return _FREE_LANDINGS[device].pop()
+    except IndexError:
+        # Of inference mode, it could not be written to outside of it.
+        with torch.inference_mode(False):
+            memory = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True)
+        return _Landing(memory, torch.cuda.Event())  # type: ignore[no-untyped-call]  # torch's
+
+
 class _HostRead:
-    """A few integers that are copied to the host while the device goes on."""
+    """Two integers that are copied to the host while the device goes on."""
 
     def __init__(self, sizes: Tensor) -> None:
         self.sizes = sizes
-        self._event: torch.cuda.Event | None = None
+        self._values: list[int] | None = None
         if sizes.is_cuda and not torch.compiler.is_compiling():
-            # Into pinned memory, behind what is queued so far and before what will be.
-            self.sizes = sizes.to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-            self._event.record(torch.cuda.current_stream(sizes.device))
+            # Behind what is queued so far, and before what will be.
+            self._landing = _landing(sizes.device)
+            self._landing.memory.copy_(sizes, non_blocking=True)
+            self._landing.event.record(torch.cuda.current_stream(sizes.device))
 
     def wait(self) -> list[int]:
-        if self._event is not None:
-            self._event.synchronize()
-        values: list[int] = self.sizes.tolist()
-        return values
+        if self._values is None and self.sizes.is_cuda:
+            self._landing.event.synchronize()
+            self._values = self._landing.memory.tolist()
+            _FREE_LANDINGS[self.sizes.device].append(self._landing)
+        elif self._values is None:
+            self._values = self.sizes.tolist()
+        return self._values
 
 
 def begin_segment(
