@@ -21,6 +21,7 @@ from h_net_dynamic_chunking.ops import (
     dechunk,
 )
 from h_net_dynamic_chunking.ops.compaction import PendingSegmentation, begin_segment_above
+from h_net_dynamic_chunking.ops.grid import ChunkGrid, grid_ahead
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 from h_net_dynamic_chunking.ops.shared_linear import routed
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
@@ -256,18 +257,25 @@ class DynamicSequenceChunker(nn.Module):
         """`forward` for tokens whose layout is known already, as it is inside an HNet."""
         packed, _, probs, pending = self.route(tokens, layout, boundary_mask)
         # Queued while the number of chunks is on its way to the host.
-        ahead = self.select_ahead(packed, pending)
+        grid = self._grid_ahead(packed, pending) if layout.padded else None
+        ahead = None if grid is not None else self.select_ahead(packed, pending)
         loss, weighted_loss = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
         segmentation = pending.finish()
-        chunks = self.downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
-        chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
-        given = boundary_mask is not None
+        in_grid = None if grid is None else grid.finish(packed, segmentation)
+        capped, given = self.max_chunks is not None, boundary_mask is not None
+        if in_grid is not None:
+            downsampled, places, inverse = in_grid
+            chunk_layout = layout_of_chunks(segmentation, layout, capped, (places, inverse))
+        else:
+            chunks = self.downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
+            chunk_layout = layout_of_chunks(segmentation, layout, capped)
+            downsampled = chunk_layout.unpack(chunks)
         record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, loss, given)
 
         def upsample(inner: Any, apply_scale: bool = True) -> Tensor:
             return self._upsample(inner, record, apply_scale)
 
-        return Outputs(chunk_layout.unpack(chunks), upsample, weighted_loss), record
+        return Outputs(downsampled, upsample, weighted_loss), record
 
     def route(
         self,
@@ -329,8 +337,21 @@ class DynamicSequenceChunker(nn.Module):
         """
         if self.pool != "select":
             return None
-        room = int(2 * packed.shape[0] / self.target_avg_token_length) + 1
-        return pending.select_ahead(packed, room)
+        return pending.select_ahead(packed, self._room(packed))
+
+    def _grid_ahead(self, packed: Tensor, pending: PendingSegmentation) -> ChunkGrid | None:
+        """As `select_ahead`, in padded rows, where the chunks go inwards as they are selected."""
+        if (
+            self.pool != "select"
+            or self.multiply_by_prob
+            or self.learning_rate_difference != 1
+            or self.length_embed is not None
+        ):
+            return None
+        return grid_ahead(packed, pending, self._room(packed))
+
+    def _room(self, packed: Tensor) -> int:
+        return int(2 * packed.shape[0] / self.target_avg_token_length) + 1
 
     def downsample(
         self,

@@ -125,29 +125,42 @@ def layout_of(
     return _ragged_layout(tokens, _integers("lens", lens), static)
 
 
-def layout_of_chunks(segmentation: Segmentation, outer: Layout, capped: bool) -> Layout:
+def layout_of_chunks(
+    segmentation: Segmentation,
+    outer: Layout,
+    capped: bool,
+    places: tuple[Tensor, Tensor] | None = None,
+) -> Layout:
     """The layout of the chunks, in the form that the positions came in.
 
-    `capped` says whether there was a limit on the chunks, so that slots may be empty.
+    `capped` says whether there was a limit on the chunks, so that slots may be empty. `places` are
+    those of the chunks in padded rows and their inverse, if they are there already.
     """
     cu_chunks, chunks = segmentation.cu_chunks, segmentation.boundary_positions.shape[0]
     if not outer.padded:
         most = segmentation.most_chunks
         return Layout(cu_chunks, (chunks,), jagged=outer.jagged, has_tail=capped, max_seqlen=most)
-    return _grid_layout(cu_chunks, segmentation.most_chunks, chunks, static=capped)
+    return _grid_layout(cu_chunks, segmentation.most_chunks, chunks, capped, places)
 
 
-def _grid_layout(cu_seqlens: Tensor, length: int, total: int, static: bool = False) -> Layout:
+def _grid_layout(
+    cu_seqlens: Tensor,
+    length: int,
+    total: int,
+    static: bool = False,
+    places: tuple[Tensor, Tensor] | None = None,
+) -> Layout:
     """The layout of sequences of which each has a padded row of this length.
 
-    `static` says that `total` is room, which may not be filled.
+    `static` says that `total` is room, which may not be filled. `places` are what `padded_places`
+    would give, if that is there already.
     """
     # A compiler does not know the sizes, and so not whether there are pads.
     if not static and not torch.compiler.is_compiling():
         shape = (cu_seqlens.shape[0] - 1, length)
         if shape[0] * shape[1] == total:
             return Layout(cu_seqlens, shape)
-    index, inverse = padded_places(cu_seqlens, length, total)
+    index, inverse = places or padded_places(cu_seqlens, length, total)
     return Layout(cu_seqlens, (cu_seqlens.shape[0] - 1, length), index, inverse)
 
 

@@ -93,6 +93,12 @@ class PendingSegmentation:
 
     wanted: Tensor
     """bool (total,): as in `Segmentation`, and known at once."""
+    positions: Tensor
+    """int64: where each chunk opens. With room for more, which may be unwritten."""
+    cu_chunks: Tensor
+    """int64 (batch + 1,): as in `Segmentation`."""
+    sizes: Tensor
+    """int64 (2,): chunks, and those of the longest sequence."""
 
     def __init__(
         self,
@@ -103,8 +109,8 @@ class PendingSegmentation:
     ) -> None:
         self.wanted, kept, *rest = _segment(asked, cu_seqlens, max_chunks, threshold)
         self._kept = self.wanted if max_chunks is None else kept
-        self._starts, self._positions, self._chunks, self._slots, self._cu_chunks, sizes = rest
-        self._max_chunks, self._sizes = max_chunks, sizes
+        self._starts, self.positions, self._chunks, self._slots, self.cu_chunks, sizes = rest
+        self._max_chunks, self.sizes = max_chunks, sizes
         self._read = None if max_chunks is not None else _HostRead(sizes)
 
     def select_ahead(self, x: Tensor, room: int) -> Tensor | None:
@@ -114,17 +120,21 @@ class PendingSegmentation:
         for `room` of them, which stays as large as that. None, with nothing queued, elsewhere and
         with a limit.
         """
-        if self._read is None or torch.compiler.is_compiling() or is_watched():
-            return None
-        if not _moves_on_triton(x):
+        if not self.runs_ahead(x):
             return None
         from h_net_dynamic_chunking.ops._triton.gather import gather
 
-        return gather(x, self._positions, self._sizes, room)
+        return gather(x, self.positions, self.sizes, room)
+
+    def runs_ahead(self, x: Tensor) -> bool:
+        """Whether kernels move rows of x before the host knows how many chunks there are."""
+        if self._read is None or torch.compiler.is_compiling() or is_watched():
+            return False
+        return _moves_on_triton(x)
 
     def finish(self) -> Segmentation:
         """The segmentation. Without `max_chunks`, the one host read of a stage ends here."""
-        positions = self._positions
+        positions = self.positions
         if self._max_chunks is not None:
             most = self._max_chunks
         elif self._read is not None and torch.compiler.is_compiling():
@@ -141,7 +151,7 @@ class PendingSegmentation:
             positions,
             self._chunks,
             self._slots,
-            self._cu_chunks,
+            self.cu_chunks,
             most,
         )
 

@@ -16,7 +16,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LENS = [9, 0, 1, 40]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_chunks": 7, "handle_residual_proj": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_chunks": 7, "handle_residual_proj": True},
+        # Room for all chunks before their number is known, in padded rows too.
+        {"target_avg_token_length": 1.01},
+        {"target_avg_token_length": 1.01, "multiply_by_prob": True},
+    ],
+)
 @pytest.mark.parametrize("packed", [True, False])
 def test_same_numbers(options: dict[str, Any], packed: bool) -> None:
     torch.manual_seed(0)

@@ -174,6 +174,7 @@ def call_launchers() -> None:
     ratio.ratio_loss_bwd(p.sum(), p.sum(), p.sum(), p, cu_seqlens, 0.03)
     walked = s.chunk_of_position, s.boundary_positions
     places.padded_places(cu_seqlens, 60, total)
+    places.places_of_chunks(s.cu_chunks, s.boundary_positions, s.cu_chunks, total)
     # A residual as it comes, and as its projection makes it, with a bias of either dtype.
     for short_memory, residual, bias in (
         (False, x, torch.randn(dim)),
