@@ -255,6 +255,8 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
 
 def _gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """`gather_rows` for any number of trailing dimensions."""
+    if x.ndim == 2:  # without views, of which each is a node of autograd
+        return gather_rows(x, index, inverse)
     trailing = x.shape[1:]
     rows = gather_rows(x.reshape(x.shape[0], trailing.numel()), index, inverse)
     return rows.reshape(index.shape[0], *trailing)

@@ -43,10 +43,11 @@ class Operation:
             raise NotImplementedError(f"{self._name} has no forward-mode derivative")
         if is_watched():
             return self._overload(*arguments)
-        kinds = {*map(type, arguments)}
         # Most often there are no other kinds, and then no argument need be looked at by itself.
-        if not kinds <= _ORDINARY and any(issubclass(kind, Tensor) for kind in kinds - _ORDINARY):
-            return self._overload(*arguments)
+        if not _ORDINARY.issuperset(map(type, arguments)):
+            kinds = {*map(type, arguments)} - _ORDINARY
+            if any(issubclass(kind, Tensor) for kind in kinds):
+                return self._overload(*arguments)
         if wants_grad:
             for argument in arguments:
                 if isinstance(argument, Tensor) and argument.requires_grad:

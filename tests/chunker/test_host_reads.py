@@ -10,6 +10,8 @@ from torch import nn
 
 from h_net_dynamic_chunking import DynamicSequenceChunker, HNet
 from h_net_dynamic_chunking.layers import Isotropic
+from h_net_dynamic_chunking.ops import begin_segment
+from tests.support import cumulative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -49,6 +51,19 @@ def test_chunker(max_chunks: int | None, reads: int, monkeypatch: pytest.MonkeyP
     lens = torch.tensor([50, 0, 7], device="cuda")
     # Packing reads the total once more, unless the shapes are static.
     assert host_reads(lambda: forward(lens=lens), monkeypatch) == 2 * reads
+
+
+def test_each_read_gets_its_own_number() -> None:
+    """Several on the way at once, into memory of earlier ones, in and out of inference mode."""
+    cu_seqlens = cumulative([40, 24], "cuda")
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            masks = [torch.arange(64, device="cuda") % n == 0 for n in (1, 2, 4)]
+            pending = [begin_segment(mask, cu_seqlens) for mask in masks]
+            found = [one.finish() for one in reversed(pending)]
+            assert [len(one.boundary_positions) for one in found] == [16, 32, 64]
+            assert [one.most_chunks for one in found] == [10, 20, 40]
+            assert [len(one.finish().boundary_positions) for one in pending] == [64, 32, 16]
 
 
 @pytest.mark.parametrize(("max_chunks", "reads"), [(None, 3), (8, 0)])
