@@ -1,6 +1,8 @@
 """What the tests share: ragged cases, tolerances by dtype, and comparison against an oracle."""
 
+import statistics
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -86,11 +88,43 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(gradients)
 
 
+class Errors(NamedTuple):
+    """The largest errors of one draw of the inputs, against fp64."""
+
+    got: float
+    plain: float
+    """Of plain low-precision arithmetic."""
+
+    @classmethod
+    def of(cls, got: Tensor, plain: Tensor, exact: Tensor) -> "Errors":
+        return cls(
+            *(float((x.detach().double() - exact.detach()).abs().max()) for x in (got, plain))
+        )
+
+    @property
+    def ratio(self) -> float:
+        """With what float32 leaves of numbers of size 1 on both sides."""
+        return max(self.got, 5e-7) / (self.plain + 5e-7)
+
+
 def assert_within_low_precision_budget(got: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The error is at most twice that of plain low-precision arithmetic, against fp64."""
-    error = (got.double() - exact).abs().max()
-    allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+    """The largest error is at most twice that of plain low-precision arithmetic, against fp64."""
+    assert_draws_within_low_precision_budget("result", [Errors.of(got, plain, exact)])
+
+
+def assert_draws_within_low_precision_budget(name: str, draws: Sequence[Errors]) -> None:
+    """The largest errors are at most twice the plain ones, in the geometric mean over the draws.
+
+    For numbers of which the largest error of one draw is luck: few of them, or such that one has
+    most of the error, or that are large, so that to round them hides an error or doubles it. Of two
+    paths that are as exact as each other one then has twice the other's now and again. The mean
+    shows what is worse by more than that more surely than one draw does. Nor is any draw's error
+    over four times the largest plain one: a path that fails on rare inputs does not pass.
+    """
+    mean = statistics.geometric_mean(errors.ratio for errors in draws)
+    assert mean <= 2, f"{name}: {mean:.3g} times the plain error, allowed 2; {draws}"
+    worst, allowed = max(e.got for e in draws), 4 * max(e.plain for e in draws) + 2e-6
+    assert worst <= allowed, f"{name}: error {worst:.3g}, allowed {allowed:.3g}; {draws}"
 
 
 def assert_rounded_once(name: str, got: Tensor, exact: Tensor) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from h_net_dynamic_chunking.layers import CausalAttention, Isotropic, Mamba2, attention
 from tests.layers.stacks import D_MODEL, STACKS, small_stack
 from tests.support import (
+    Errors,
     assert_close,
-    assert_within_low_precision_budget,
+    assert_draws_within_low_precision_budget,
     compiled,
     cumulative,
     randn,
@@ -143,13 +144,14 @@ def test_varlen_attention(monkeypatch: pytest.MonkeyPatch, has_window: bool) -> 
 def test_packed_on_a_gpu(kind: str) -> None:
     """In bfloat16, with a NaN tail: at most twice the error of the padded form, against float64.
 
-    Over several inputs: of the four numbers that some parameters have, one error is luck.
+    Over many draws of x: some parameters have four numbers, and the gradients of others reach 20,
+    where bfloat16 goes in steps of 1/8, more than all the error before.
     """
     module = MODULES[kind]().bfloat16().cuda()
-    runs = [packed_plain_and_exact(module, randn(52, D_MODEL, seed=s).detach()) for s in range(8)]
-    for name in runs[0][0]:
-        of_name = [torch.stack([run[form][name] for run in runs]) for form in range(3)]
-        assert_within_low_precision_budget(*of_name)
+    draws = [packed_plain_and_exact(module, randn(52, D_MODEL, seed=s).detach()) for s in range(32)]
+    for name in draws[0][0]:
+        errors = [Errors.of(*(form[name] for form in forms)) for forms in draws]
+        assert_draws_within_low_precision_budget(name, errors)
 
 
 def packed_plain_and_exact(module: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], ...]:

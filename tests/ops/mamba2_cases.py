@@ -11,6 +11,7 @@ def mamba2_inputs(
     head_dim: int = 3,
     d_state: int = 4,
     taps: int = 3,
+    seed: int = 0,
     device: str = "cpu",
 ) -> tuple[Tensor, ...]:
     """float64: the projected rows, (total,) or (batch, length) of them, and the parameters."""
@@ -25,4 +26,4 @@ def mamba2_inputs(
         (heads,),
         (d_inner,),
     )
-    return tuple(randn(*shape, seed=i, device=device) for i, shape in enumerate(shapes))
+    return tuple(randn(*shape, seed=seed + i, device=device) for i, shape in enumerate(shapes))

@@ -1,7 +1,7 @@
 """What the tests of the Triton kernels share: on a GPU if there is one, else in the interpreter."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_utils import CrossRefFakeMode
 
 from h_net_dynamic_chunking.ops import use_backend
-from tests.support import assert_close, assert_within_low_precision_budget, generator
+from tests.support import (
+    Errors,
+    assert_close,
+    assert_draws_within_low_precision_budget,
+    assert_within_low_precision_budget,
+    generator,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Over the 32 positions of the smallest block, so that blocks hand on to each other.
@@ -81,20 +87,30 @@ def assert_kernels_agree(op: Op, *inputs: Tensor, low_precision: bool = True) ->
         again = values_and_gradients("triton", op, inputs, torch.float32)
         assert all(map(torch.equal, got, again)), "results differ from run to run"
     for dtype in LOW_PRECISION if low_precision else []:
-        # The exact result of the rounded inputs: their rounding is nobody's error.
-        rounded = tuple(_cast(_cast(x, dtype), torch.float64) for x in inputs)
-        rounded = tuple(
-            r.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-            for r, x in zip(rounded, inputs, strict=True)
-        )
-        results = [
-            values_and_gradients(*arguments)
-            for arguments in (
-                ("triton", op, rounded, dtype),
-                ("torch", op, rounded, dtype),
-                ("torch", op, rounded, torch.float64),
-            )
-        ]
-        for g, plain, e in zip(*results, strict=True):
-            if g.numel():
-                assert_within_low_precision_budget(g, plain, e)
+        for results in low_precision_results(op, inputs, dtype):
+            assert_within_low_precision_budget(*results)
+
+
+def assert_kernels_as_exact(op: Op, draws: Iterable[Sequence[Tensor]]) -> None:
+    """The low-precision part of `assert_kernels_agree`, over several draws of the inputs."""
+    draws = [[x.detach().to(DEVICE).requires_grad_(x.requires_grad) for x in d] for d in draws]
+    for dtype in LOW_PRECISION:
+        results = [low_precision_results(op, inputs, dtype) for inputs in draws]
+        for i, of_draws in enumerate(zip(*results, strict=True)):
+            errors = [Errors.of(*of_draw) for of_draw in of_draws]
+            assert_draws_within_low_precision_budget(f"result {i} in {dtype}", errors)
+
+
+def low_precision_results(
+    op: Op, inputs: Sequence[Tensor], dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
+    """Output and gradients but empty ones: the kernels', the torch operations', exact ones."""
+    # The exact result of the rounded inputs: their rounding is nobody's error.
+    rounded = tuple(_cast(_cast(x, dtype), torch.float64) for x in inputs)
+    rounded = tuple(
+        r.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for r, x in zip(rounded, inputs, strict=True)
+    )
+    runs = (("triton", dtype), ("torch", dtype), ("torch", torch.float64))
+    results = (values_and_gradients(backend, op, rounded, kind) for backend, kind in runs)
+    return [of_one for of_one in zip(*results, strict=True) if of_one[0].numel()]
