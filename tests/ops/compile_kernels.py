@@ -52,6 +52,7 @@ from h_net_dynamic_chunking.ops._triton import (
     swiglu,
     tail,
     time_step,
+    wide_product,
 )
 
 MODULES = (
@@ -79,6 +80,7 @@ MODULES = (
     swiglu,
     tail,
     time_step,
+    wide_product,
 )
 
 _STEPS = (
@@ -209,6 +211,8 @@ def call_launchers() -> None:
             straight_through=straight_through,
         )
     dechunk_backward.expand_bwd(x, z, s.chunk_of_position)
+    for parts in (1, 3):
+        wide_product.wide_product(x, [pairs.view(-1, dim)] * parts, torch.randn(2 * total))
     call_layers(x, cu_seqlens)
     call_ssd()
     call_mamba2_parts()

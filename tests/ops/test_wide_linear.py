@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops import dechunk, segment, wide_linear
+from h_net_dynamic_chunking.ops import dechunk, segment, use_backend, wide_linear
 from h_net_dynamic_chunking.ops import wide_products as products
 from tests.support import (
     DEVICES,
+    Errors,
+    assert_close,
+    assert_draws_within_low_precision_budget,
+    assert_rounded_once,
     assert_same_function,
     boundaries,
     compiled,
@@ -72,27 +76,54 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16_products_are_as_exact_as_float32_ones(dtype: torch.dtype) -> None:
+    """Against float64, of weights of every order of magnitude."""
+    pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, grad = (randn(64, 256, seed=s, device=device).detach().bfloat16() for s in (0, 1))
+    x, grad = (randn(300, 256, seed=s, device=device).detach().bfloat16() for s in (0, 1))
     weight = (randn(256, 256, seed=2, device=device).detach() / 16).to(dtype)
-    # Of every order of magnitude that a weight may have.
     weight *= torch.logspace(-20, 2, 256, device=device)[:, None].to(dtype)
-    y, gradients = products.product(x, weight), products.gradients(grad, x, weight)
-    exact = x.double() @ weight.double().T
-    wide = grad.double()
-    exact_gradients = wide @ weight.double(), wide.T @ x.double(), wide.sum(0)
-    plain = x.float() @ weight.float().T
-    bound = 1.5 * (plain - exact).abs().amax(0) + 1e-30
-    assert bool(((y - exact).abs().amax(0) <= bound).all())
-    for got, want in zip(gradients, exact_gradients, strict=True):
-        error = (got.double() - want.double()).abs().max() / want.double().abs().max()
-        assert error <= torch.finfo(got.dtype).eps, f"{got.dtype} {float(error):.2g}"
+    with use_backend("triton"):
+        y = products.product(x, weight)
+        grad_x, grad_weight, grad_bias = products.gradients(grad, x, weight)
+    assert_columns_as_exact("y", y, x, weight.T, times=1.5)
+    if dtype == torch.float32:
+        assert_columns_as_exact("gradient of weight", grad_weight, grad.T, x, times=2)
+    else:
+        assert_rounded_once("gradient of weight", grad_weight, grad.double().T @ x.double())
+    assert_rounded_once("gradient of x", grad_x, grad.double() @ weight.double())
+    assert_rounded_once("gradient of bias", grad_bias, grad.double().sum(0))
+
+
+def assert_columns_as_exact(name: str, got: Tensor, a: Tensor, b: Tensor, times: float) -> None:
+    """As a b is in float32. Columns are draws, in units of the last bit of their largest number."""
+    exact = a.double() @ b.double()
+    unit = torch.finfo(torch.float32).eps * exact.abs().amax(0)
+    forms = ((form - exact).abs().amax(0) / unit for form in (got, a.float() @ b.float()))
+    errors = [Errors(*column) for column in zip(*(form.tolist() for form in forms), strict=True)]
+    assert_draws_within_low_precision_budget(name, errors, times)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 8, 3), (70, 40, 130), (130, 200, 33)])
+def test_kernel(rows: int, width: int, outputs: int, dtype: torch.dtype) -> None:
+    """Sizes that fill no tile, rows that are slices, and a bias of either dtype."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = randn(rows, width + 5, device=device).detach().bfloat16()[:, 3 : 3 + width]
+    weight = randn(outputs, width, seed=1, device=device).detach().to(dtype)
+    for bias in (None, randn(outputs, seed=2, device=device).detach().to(dtype)):
+        with use_backend("triton"):
+            y = products.product(x, weight, bias)
+        assert y.dtype == torch.float32
+        exact = x.double() @ weight.double().T
+        assert_close("y", y, exact if bias is None else exact + bias.double())
 
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("rows", [15, 16, 48, 50])
 def test_long_sums_come_in_pieces(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_PIECE", 16)
+    monkeypatch.setattr(products, "_piece", lambda _: 16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, grad = (randn(rows, 8, seed=s, device=device).detach().bfloat16() for s in (0, 1))
     _, grad_weight, _ = products.gradients(grad, x, torch.zeros(8, 8, device=device))
