@@ -87,7 +87,7 @@ def product_step_kernel(
     # in `state_step`.
     live = m_m
     if HAS_ACTIVE:
-        live = m_m & tl.load(active_ptr + o_m, m_m, False)
+        live = m_m & tl.load(active_ptr + o_m, m_m, False, cache_modifier=".cg")
     if PREFETCH:
         line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         lines = tl.arange(0, BLOCK_K // line) * line
