@@ -394,7 +394,6 @@ def test_attention(
     got = mixer.out_proj(mixed)
     plain, want = mixer.step(x, caches[1]), exact.step(x.double(), exact_cache)
     assert_agrees("output", got[active], plain[active], want[active])
-    assert bool((mixed[~active] == 0).all())
     assert torch.equal(caches[0].position, cache.position)
     for name in ("keys", "values"):
         now, then = getattr(caches[0], name), getattr(cache, name)

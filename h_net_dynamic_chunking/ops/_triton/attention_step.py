@@ -23,6 +23,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     load_flag,
     on_its_device,
     prefetch,
+    rest,
     rounded,
     wait_for_inputs,
 )
@@ -62,6 +63,24 @@ def load_rotated(row, o_d, m_d, cosine, sine, ROTARY_DIM: tl.constexpr, INTERPRE
 
 
 @triton.jit
+def _attended(k, v, m_s, q, greatest, total, mixed):
+    """Sums of each slot of a tile, and its greatest score so far, with this tile as well."""
+    score = tl.where(m_s, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))
+    higher = tl.maximum(greatest, score)
+    weight, kept = tl.exp2(score - higher), tl.exp2(greatest - higher)
+    return higher, total * kept + weight, mixed * kept[:, None] + weight[:, None] * v.to(tl.float32)
+
+
+@triton.jit
+def _is_kept(o_s, slot, slots, reach, end, RING: tl.constexpr):
+    """Which slots hold positions that the new one sees. It comes last, and is not among them."""
+    age = slot - o_s
+    if RING:
+        age = tl.where(age < 0, age + slots, age)
+    return (o_s < end) & (age > 0) & (age <= reach)
+
+
+@triton.jit
 def attention_step_kernel(
     qkv_ptr,
     keys_ptr,
@@ -80,6 +99,7 @@ def attention_step_kernel(
     RING: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
+    ALONE: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -100,12 +120,10 @@ def attention_step_kernel(
     part = (i_m * heads + i_h) * SPLITS + i_s
     # Before the wait: what is as it was when the stack began.
     if not load_flag(active_ptr + i_m, HAS_ACTIVE):
-        let_next_start(OVERLAP)
-        wait_for_inputs(OVERLAP)
-        if SPLITS == 1:
-            tl.store(out_ptr + part * HEAD_DIM + o_d, tl.zeros((BLOCK_D,), tl.float32), m_d)
+        o_rest = out_ptr + part * HEAD_DIM + o_d
+        rest(o_rest, m_d & (SPLITS == 1), part == 0, ALONE, OVERLAP)
         return
-    position = tl.load(position_ptr + i_m)
+    position = tl.load(position_ptr + i_m, cache_modifier=".cg")
     slot = (position % slots if RING else position).to(tl.int32)
     used = tl.minimum(position + 1, slots).to(tl.int32)
     # How far back from the new position, and from which slot on.
@@ -117,14 +135,19 @@ def attention_step_kernel(
     slot_stride = heads * HEAD_DIM
     head = i_m * slots * slot_stride + i_h * HEAD_DIM
     o_t = tl.arange(0, BLOCK_S)
+    # The first tile, and lines of those behind it.
+    tile = head + (start + o_t).to(tl.int64)[:, None] * slot_stride + o_d[None, :]
+    m_s = _is_kept(start + o_t, slot, slots, reach, end, RING)
+    k = tl.load(keys_ptr + tile, m_s[:, None] & m_d[None, :], 0, cache_modifier=".cg")
+    v = tl.load(values_ptr + tile, m_s[:, None] & m_d[None, :], 0, cache_modifier=".cg")
     if OVERLAP:
         line: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
         lines = tl.arange(0, (BLOCK_D + line - 1) // line) * line
-        for s in range(start, tl.minimum(end, start + 4 * BLOCK_S), BLOCK_S):
+        for s in range(start + BLOCK_S, tl.minimum(end, start + 4 * BLOCK_S), BLOCK_S):
             o_s = tl.minimum(s + o_t, slots - 1).to(tl.int64)
-            tile = head + o_s[:, None] * slot_stride + tl.minimum(lines, HEAD_DIM - 1)[None, :]
-            prefetch(keys_ptr + tile)
-            prefetch(values_ptr + tile)
+            behind = head + o_s[:, None] * slot_stride + tl.minimum(lines, HEAD_DIM - 1)[None, :]
+            prefetch(keys_ptr + behind)
+            prefetch(values_ptr + behind)
     cosine, sine = 1.0, 0.0
     if ROTARY_DIM > 0:
         cosine, sine = rotation(o_d, position, ROTARY_DIM, LOG2_BASE)
@@ -137,23 +160,13 @@ def attention_step_kernel(
     greatest = tl.full((BLOCK_S,), -1e30, tl.float32)  # below any score, and yet finite
     total = tl.zeros((BLOCK_S,), tl.float32)
     mixed = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for s in tl.range(start, end, BLOCK_S, num_stages=STAGES):
-        o_s = s + o_t
-        # How many positions before the new one; the new one itself comes last.
-        age = slot - o_s
-        if RING:
-            age = tl.where(age < 0, age + slots, age)
-        m_s = (o_s < end) & (age > 0) & (age <= reach)
-        tile = head + o_s.to(tl.int64)[:, None] * slot_stride + o_d[None, :]
-        mask = m_s[:, None] & m_d[None, :]
-        k = tl.load(keys_ptr + tile, mask, 0).to(tl.float32)
-        v = tl.load(values_ptr + tile, mask, 0).to(tl.float32)
-        score = tl.where(m_s, tl.sum(k * q[None, :], 1), -float("inf"))
-        higher = tl.maximum(greatest, score)
-        weight, kept = tl.exp2(score - higher), tl.exp2(greatest - higher)
-        total = total * kept + weight
-        mixed = mixed * kept[:, None] + weight[:, None] * v
-        greatest = higher
+    greatest, total, mixed = _attended(k, v, m_s, q, greatest, total, mixed)
+    for s in tl.range(start + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
+        tile = head + (s + o_t).to(tl.int64)[:, None] * slot_stride + o_d[None, :]
+        m_s = _is_kept(s + o_t, slot, slots, reach, end, RING)
+        k = tl.load(keys_ptr + tile, m_s[:, None] & m_d[None, :], 0)
+        v = tl.load(values_ptr + tile, m_s[:, None] & m_d[None, :], 0)
+        greatest, total, mixed = _attended(k, v, m_s, q, greatest, total, mixed)
 
     top = tl.max(greatest, 0)
     new_weight = 0.0
@@ -250,7 +263,8 @@ def attention_step(
     window_size:    positions to the left that are kept besides the own one; -1 for all
     active:         bool (rows,), or None for all. The others keep their caches to the bit
     tile:           for measurements; None takes what was measured
-    out:            (rows, d_model), dtype of `qkv`; zeros where a row is not active
+    out:            (rows, d_model), dtype of `qkv`; unwritten where one of several rows is
+                    not active, and zeros where the only one is not
 
     Turned q and k are rounded to the dtype of `qkv`, as in the layer; all else is float32, and the
     result rounded once.
@@ -292,6 +306,7 @@ def attention_step(
         RING=ring,
         WINDOW=window_size,
         HAS_ACTIVE=active is not None,
+        ALONE=alone,
         SPLITS=splits,
         STAGES=tile.stages,
         BLOCK_S=tile.slots,
@@ -319,12 +334,12 @@ def attention_step(
 def _usual(slots: int, alone: bool) -> Tile:
     """Near the best of some, for 24 and 43 of 64 rows with 60 to 400 positions (H200).
 
-    With few slots there are few tiles to a head, and what counts is that all are under way at once.
+    With few slots the first tile, which is under way before the wait, is most of it.
     """
     if alone:
         return Tile(64, 2, 8)
     if slots <= 160:
-        return Tile(64, 2, 4)
+        return Tile(64, 1, 4)
     return Tile(32, 4 if slots <= 512 else 2, 4)
 
 

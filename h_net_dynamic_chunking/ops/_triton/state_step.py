@@ -25,6 +25,7 @@ from h_net_dynamic_chunking.ops._triton.step_common import (
     load_flag,
     on_its_device,
     prefetch,
+    rest,
     rounded,
     silu,
     wait_for_inputs,
@@ -67,6 +68,7 @@ def state_step_kernel(
     head_dim,
     d_state,
     HAS_ACTIVE: tl.constexpr,
+    ALONE: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,9 +84,8 @@ def state_step_kernel(
     # Before the wait: flags do not change within a stack, whose first kernel overlaps with none.
     live = load_flag(active_ptr + i_m, HAS_ACTIVE)
     if not live:
-        let_next_start(OVERLAP)
-        wait_for_inputs(OVERLAP)
-        tl.store(p_y, tl.zeros((BLOCK_P,), tl.float32), m_p)
+        is_first = (i_m == 0) & (i_h == 0) & (tl.program_id(2) == 0)
+        rest(p_y, m_p, is_first, ALONE, OVERLAP)
         return
     p_state = state_ptr + (i_m * heads + i_h) * head_dim * d_state
     p_state += o_p[:, None] * d_state + o_n[None, :]
@@ -166,7 +167,8 @@ def state_step(
     dt_bias, A_log, D: (heads,)
     active:       bool (rows,), or None for all. The others keep their state to the bit
     gated:        y silu(gate) norm_weight stands for y
-    out:          (rows, d_inner), `out_dtype`; zeros where a row is not active
+    out:          (rows, d_inner), `out_dtype`; unwritten where one of several rows is not
+                  active, and zeros where the only one is not
 
     Computed in float32 and rounded once.
 
@@ -202,6 +204,7 @@ def state_step(
         head_dim=head_dim,
         d_state=d_state,
         HAS_ACTIVE=active is not None,
+        ALONE=rows == 1,
         GATED=gated is not None,
         BLOCK_P=channels,
         BLOCK_N=max(32, triton.next_power_of_2(d_state)),

@@ -77,6 +77,21 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def rest(out, mask, is_first, ALONE: tl.constexpr, OVERLAP: tl.constexpr):
+    """What a program does whose row rests: a row alone gets zeros, several stay unwritten.
+
+    Several make room at once. One program waits for the kernel before all the same, so that a
+    kernel that has ended says that all before it have.
+    """
+    let_next_start(OVERLAP)
+    if ALONE:
+        wait_for_inputs(OVERLAP)
+        tl.store(out, 0.0, mask)
+    elif is_first:
+        wait_for_inputs(OVERLAP)
+
+
+@triton.jit
 def prefetch(pointers):
     """Ask for the 128-byte lines at `pointers`, all legal addresses, to be brought to L2."""
     tl.inline_asm_elementwise(
