@@ -156,6 +156,19 @@ def tensors_of(cache: Any) -> list[Tensor]:
     return [part for part in parts_of(cache) if isinstance(part, Tensor)]
 
 
+# What the states of a recurrence may be kept in, beside the dtype in which it is computed.
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_state_dtype(state_dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless it is None or one of `STATE_DTYPES`."""
+    if state_dtype is not None and state_dtype not in STATE_DTYPES:
+        raise ValueError(
+            "state_dtype must be torch.float32, torch.bfloat16, torch.float16 or None, which keeps "
+            f"float32, or float64 of a float64 model; got {state_dtype!r}"
+        )
+
+
 def check_cache_class(cache: object, wanted: type, owner: object) -> None:
     """Raise ValueError unless the cache is of the class that `owner` allocates."""
     if not isinstance(cache, wanted):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.byte_chunks import byte_chunks
+from h_net_dynamic_chunking.cache import check_state_dtype
 from h_net_dynamic_chunking.config import HNetConfig
 from h_net_dynamic_chunking.ops.backend import uses_triton
 from h_net_dynamic_chunking.recording import can_record
@@ -46,7 +47,11 @@ class SteppingModel(Protocol):
     config: HNetConfig
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> Any: ...
     def __call__(self, input_ids: Tensor, *, lens: Tensor, inference_params: Any) -> Any: ...
     def step(self, input_ids: Tensor, cache: Any, *, active: Tensor, plan: str) -> Any: ...
@@ -86,6 +91,7 @@ class Decoding:
         each_step: look at the bytes after each step, wherever the model is.
         periods: where rows wait, steps of each level for one of the next, outermost first; None
             goes by the chunks of the prompts.
+        state_dtype: of the states in the cache; see `HNetLM.allocate_inference_cache`.
 
     Raises:
         ValueError: an argument that cannot be, by name. The model has not run then.
@@ -107,10 +113,12 @@ class Decoding:
         keep_depths: bool = False,
         each_step: bool = False,
         periods: Sequence[int] | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         if not hasattr(model, "config") or not hasattr(model, "allocate_inference_cache"):
             raise ValueError(f"model must be an HNetLM, got {type(model).__name__}")
         check_generation(model.config, prompts, max_new_bytes, bos, plan)
+        check_state_dtype(state_dtype)
         if plan == "waiting" and (keep_depths or not model.config.stages):
             why = "depths are kept" if keep_depths else "there is no stage"
             raise ValueError(f"plan must be another than 'waiting' where {why}")
@@ -128,6 +136,7 @@ class Decoding:
         self._keep_depths = keep_depths
         self._max_new_bytes = max_new_bytes
         self._periods = periods
+        self._state_dtype = state_dtype
         self._steps_a_look = 1 if each_step or device.type == "cpu" else STEPS_A_LOOK
 
         self._parameters = sampling.parameters(batch, device)
@@ -208,7 +217,9 @@ class Decoding:
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         lens = torch.tensor([len(row) for row in rows], device=device)
         batch, length = ids.shape
-        self._cache = self._model.allocate_inference_cache(batch, length + self._max_new_bytes)
+        self._cache = self._model.allocate_inference_cache(
+            batch, length + self._max_new_bytes, state_dtype=self._state_dtype
+        )
         out = self._model(ids, lens=lens, inference_params=self._cache)
         self._logits.copy_(out.logits[torch.arange(batch, device=device), lens - 1])
         # A pad counts as the last byte, which was seen.

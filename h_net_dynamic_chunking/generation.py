@@ -73,6 +73,7 @@ def generate(
     logprobs: bool = False,
     stream: Literal[False] = False,
     plan: str = "auto",
+    state_dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> list[Generated]: ...
 
@@ -95,6 +96,7 @@ def generate(
     logprobs: bool = False,
     stream: Literal[True],
     plan: str = "auto",
+    state_dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Iterator[TextPiece]: ...
 
@@ -116,6 +118,7 @@ def generate(
     logprobs: bool = False,
     stream: bool = False,
     plan: str = "auto",
+    state_dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> list[Generated] | Iterator[TextPiece]:
     """Continue each prompt by up to `max_new_bytes` bytes.
@@ -143,6 +146,9 @@ def generate(
         plan: "compact" or "masked": how `model.step` treats rows that open no chunk; "waiting":
             rows that open one wait for others, so that the networks inside run less often. The
             bytes are the same. "auto" takes what is fastest: on a GPU, several rows wait.
+        state_dtype: what Mamba-2 layers keep their states in from byte to byte; None is float32.
+            With many rows on a GPU, torch.bfloat16 or torch.float16 saves time, and the text gets
+            worse: see `HNetLM.allocate_inference_cache` for how.
         progress: show a bar of the bytes written so far on stderr (tqdm).
 
     Returns:
@@ -172,6 +178,7 @@ def generate(
         bos=add_bos,
         eos=eos,
         plan=plan,
+        state_dtype=state_dtype,
         keep_logprobs=logprobs,
         each_step=stream,
     )

@@ -94,7 +94,11 @@ class HNetInference(nn.Module):
         return network if isinstance(network, HNetInference) else None
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> HNetCache:
         """A cache for `step` and `extend` before the first position.
 
@@ -103,17 +107,19 @@ class HNetInference(nn.Module):
             max_seqlen: positions that a row may have at this stage. Inside, caches grow with the
                 chunks that are really made.
             dtype: of the tokens to come; that of the weights if None.
+            state_dtype: for parts that name it in their own method: in what the states of
+                recurrences are kept; see `HNetLM.allocate_inference_cache`.
 
         Raises:
-            ValueError: a size below 1, a dtype that is none of floats, a part that cannot decode,
-                or a chunker whose options look ahead.
+            ValueError: a size below 1, a dtype that is none of floats, a state_dtype that cannot
+                be, a part that cannot decode, or a chunker whose options look ahead.
         """
         for name, size in (("batch_size", batch_size), ("max_seqlen", max_seqlen)):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
-        sizes = (batch_size, max_seqlen, dtype)
+        sizes = (batch_size, max_seqlen, dtype, state_dtype)
         seen = torch.zeros(batch_size, dtype=torch.int64, device=self._device)
         return HNetCache(
             positions=Positions(seen, max_seqlen),

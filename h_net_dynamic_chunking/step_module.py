@@ -18,6 +18,9 @@ before a wrong cache is refused,
 
     check_inference_cache(cache, batch_size, dtype, new, rows, lens)      raises ValueError
 
+A module whose allocate_inference_cache names `state_dtype` is told in what dtype the state of a
+recurrence is to be kept; None leaves it to the module.
+
 Modules that see one position at a time, such as nn.Identity and nn.Linear, need no cache. Anything
 else is refused. torch.compile, and other wrappers that `sequence_module` knows, are looked through:
 what they add to forward is not part of a step.
@@ -30,22 +33,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.cache import ALL_ROWS, Rows, mapped, parts_of, tensors_of
+from h_net_dynamic_chunking.cache import (
+    ALL_ROWS,
+    Rows,
+    check_state_dtype,
+    mapped,
+    parts_of,
+    tensors_of,
+)
 from h_net_dynamic_chunking.outputs import hidden_states
 from h_net_dynamic_chunking.sequence_module import is_position_wise, unwrapped
 
 
 def allocate(
-    name: str, module: nn.Module, batch_size: int, max_seqlen: int, dtype: torch.dtype | None
+    name: str,
+    module: nn.Module,
+    batch_size: int,
+    max_seqlen: int,
+    dtype: torch.dtype | None,
+    state_dtype: torch.dtype | None = None,
 ) -> Any:
     """A cache for the module before the first position; None for one that needs none.
 
     Raises:
-        ValueError: the module cannot decode, or some rows of its cache cannot be told from others.
+        ValueError: the module cannot decode, or some rows of its cache cannot be told from others;
+            or no state can be kept in `state_dtype`.
     """
+    check_state_dtype(state_dtype)
     module = unwrapped(module)
     if _can_step(module):
-        cache = _method(module, "allocate_inference_cache")(batch_size, max_seqlen, dtype)
+        allocate = _method(module, "allocate_inference_cache")
+        named = {"state_dtype": state_dtype} if _names(allocate, "state_dtype") else {}
+        cache = allocate(batch_size, max_seqlen, dtype, **named)
         methods = [method for method in ("step", "extend") if hasattr(module, method)]
         if not all(_names_rows(_method(type(module), method)) for method in methods):
             _check_rows(name, cache, batch_size)
@@ -178,6 +197,10 @@ def _method(module: nn.Module | type[nn.Module], name: str) -> Any:
     return getattr(module, name)
 
 
+def _names(method: Any, parameter: str) -> bool:
+    return parameter in inspect.signature(method).parameters
+
+
 @remember
 def _names_rows(method: Any) -> bool:
-    return "rows" in inspect.signature(method).parameters
+    return _names(method, "rows")

@@ -79,6 +79,9 @@ def test_what_the_model_is_asked(model: MockModel) -> None:
     assert {plan for _, _, plan in model.steps} == {"masked"}
     generate("--prompt", "One", "--no-bos")
     assert model.prefills[-1][0].tolist() == [list(b"One")]
+    assert model.state_dtype is None
+    generate("--prompt", "One", "--state-dtype", "float16")
+    assert model.state_dtype == torch.float16
 
 
 def test_several_prompts_are_one_batch(model: MockModel) -> None:
@@ -241,6 +244,8 @@ def test_speculation_writes_the_greedy_text(directory: Path) -> None:
     assert [json.loads(line)["prompt"] for line in lines.stdout.splitlines()] == ["a", "b"]
     assert "one prompt, got 2" in complaint(*args, "--prompt", "b", "--speculate", 3)
     assert "excludes --plan" in complaint(*args, "--plan", "masked", "--speculate", 3)
+    complaint_of_states = complaint(*args, "--state-dtype", "float16", "--speculate", 3)
+    assert "excludes --state-dtype" in complaint_of_states
     assert "must be 1" in complaint(*args, "--repetition-penalty", 2, "--speculate", 3)
     assert "draft must be an int of at least 1" in complaint(*args, "--speculate", 0)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from h_net_dynamic_chunking.decoding import Block, Decoding, SteppingModel
 from h_net_dynamic_chunking.sampling import Sampling
 from h_net_dynamic_chunking.stopping import StopFilter, StopStrings
@@ -21,6 +23,7 @@ class Settings:
     bos: bool
     eos: bool
     plan: str
+    state_dtype: torch.dtype | None = None
 
 
 class Continuation:
@@ -98,6 +101,7 @@ def continue_rows(
         bos=settings.bos,
         eos=settings.eos,
         plan=settings.plan,
+        state_dtype=settings.state_dtype,
         keep_logprobs=True,
         keep_depths=True,
         each_step=each_step,

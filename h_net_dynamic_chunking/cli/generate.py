@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from h_net_dynamic_chunking.cli.continuation import Continuation, Settings, continue_rows
@@ -19,6 +20,7 @@ from h_net_dynamic_chunking.cli.options import (
     ModelConfigOption,
     ModelOption,
     NoColorOption,
+    StateFloatTypeOption,
     StoredFloatTypeOption,
     one_sentence_errors,
 )
@@ -68,6 +70,7 @@ def generate_command(
         int | None, typer.Option(help="guess so many bytes ahead; no faster (None = do not)")
     ] = None,
     dtype: StoredFloatTypeOption = None,
+    state_dtype: StateFloatTypeOption = None,
     device: DeviceOption = "auto",
     no_color: NoColorOption = False,
     as_json: AsJson = False,
@@ -87,7 +90,7 @@ def generate_command(
     if seed is not None:
         row_seeds(seed, 1)  # before a model is loaded in vain
     if speculate is not None:
-        check_speculate(prompts, plan)
+        check_speculate(prompts, plan, state_dtype)
     settings = Settings(
         max_new,
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
@@ -95,6 +98,7 @@ def generate_command(
         bos,
         eos,
         plan,
+        None if state_dtype is None else getattr(torch, state_dtype),
     )
     loaded = load_model(model, config, dtype, device)
     screen = Screen(no_color)

@@ -13,6 +13,7 @@ INTERRUPTED = 130  # as shells have it after Ctrl-C
 MODEL_HELP = "preset (random weights), directory, official .pt, or name on the hub"
 
 FloatType = Literal["float64", "float32", "bfloat16", "float16"]
+StateFloatType = Literal["float32", "bfloat16", "float16"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text")]
 ConfigOption = Annotated[
@@ -36,6 +37,10 @@ ModelConfigOption = Annotated[
 ]
 StoredFloatTypeOption = Annotated[
     FloatType | None, typer.Option(help="dtype of all weights (None = as stored)")
+]
+StateFloatTypeOption = Annotated[
+    StateFloatType | None,
+    typer.Option(help="dtype of Mamba-2 states; 16 bits: faster for many rows, worse text"),
 ]
 BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="read BOS = 254 before the text")]
 NoColorOption = Annotated[

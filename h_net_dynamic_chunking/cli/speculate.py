@@ -14,12 +14,14 @@ from h_net_dynamic_chunking.cli.screen import Screen
 from h_net_dynamic_chunking.speculation import Speculated, speculate
 
 
-def check_speculate(prompts: Sequence[bytes] | None, plan: str) -> None:
+def check_speculate(prompts: Sequence[bytes] | None, plan: str, state_dtype: str | None) -> None:
     """Raise ValueError for what --speculate cannot do."""
     if prompts is not None and len(prompts) != 1:
         raise ValueError(f"--speculate takes one prompt, got {len(prompts)}")
     if plan != "auto":
         raise ValueError("--speculate excludes --plan")
+    if state_dtype is not None:  # whose roundings depend on what is read at once
+        raise ValueError("--speculate excludes --state-dtype")
 
 
 def write_speculated(

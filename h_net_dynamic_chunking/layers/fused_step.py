@@ -188,7 +188,11 @@ class _SeveralRows(_OneRow):
 
 
 def _empty_stream(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return _empty_float32(x, *x.shape)
+
+
+def _empty_float32(beside: Tensor, *shape: int) -> Tensor:
+    return beside.new_empty(shape, dtype=torch.float32)
 
 
 def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor | None) -> None:
@@ -202,7 +206,7 @@ def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor 
         cache.conv,
         mixer.conv1d.weight,
         mixer.conv1d.bias,
-        out=cache.state.new_empty(cache.conv.shape[:2]),
+        out=_empty_float32(cache.conv, *cache.conv.shape[:2]),
         first=mixer.d_inner,
     )
     projected = stream.project(block.norm1, mixer.in_proj, convolution=convolution)
@@ -210,7 +214,7 @@ def _add_mamba(stream: _OneRow, block: Block, cache: MambaCache, active: Tensor 
     gated = Gated(
         projected[:, : mixer.d_inner],
         mixer.norm.weight,
-        mean_square=cache.state.new_empty(rows, parts(cache.state)),
+        mean_square=_empty_float32(cache.conv, rows, parts(cache.state)),
     )
     y = state_step(
         convolution.out,

@@ -123,17 +123,23 @@ class Isotropic(nn.Module):
         return add_then_norm(self.rmsnorm, h, update, cu_seqlens if has_tail else None)[1]
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> list[Any]:
         """One cache for each layer, before the first position; see the mixers.
 
         `dtype` is that of the weights, which is what the mixers will see; None asks them.
+        `state_dtype` is for mixers that name it, as `Mamba2` does, which see.
 
         Raises:
-            ValueError: a mixer that cannot decode, a size below 1.
+            ValueError: a mixer that cannot decode, a size below 1, a state_dtype that cannot be.
         """
+        sizes = (batch_size, max_seqlen, dtype, state_dtype)
         return [
-            step_module.allocate(f"layer {number}", block.mixer, batch_size, max_seqlen, dtype)
+            step_module.allocate(f"layer {number}", block.mixer, *sizes)
             for number, block in enumerate(self._blocks)
         ]
 

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from h_net_dynamic_chunking.cache import (
     ALL_ROWS,
+    STATE_DTYPES,
     Rows,
     check_cache_class,
     check_cache_tensor,
+    check_state_dtype,
 )
 from h_net_dynamic_chunking.layers._checks import (
     check_extension,
@@ -48,7 +50,8 @@ class MambaCache:
     conv: Tensor
     """(batch, channels, d_conv - 1): the last inputs of the convolution, oldest first."""
     state: Tensor
-    """(batch, heads, head_dim, d_state), float32 or float64: S_t."""
+    """(batch, heads, head_dim, d_state): S_t, in the dtype of the arithmetic, which is float32 or
+    float64, or rounded to a narrower one of `cache.STATE_DTYPES`."""
 
 
 class Mamba2(nn.Module):
@@ -161,13 +164,27 @@ class Mamba2(nn.Module):
         return out if cu_seqlens is None else zero_tail(out, cu_seqlens)
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> MambaCache:
         """A cache for `step` before the first position. `max_seqlen` changes nothing here.
 
-        `dtype` is that of the x to come; the weights' if None.
+        Args:
+            batch_size: rows.
+            max_seqlen: of no consequence.
+            dtype: of the x to come; the weights' if None.
+            state_dtype: of S between calls, one of `cache.STATE_DTYPES`; None for that of the
+                arithmetic, float32 or float64. A narrower one is rounded to, to the nearest, at the
+                end of every call. `HNetLM.allocate_inference_cache` says what that costs.
+
+        Raises:
+            ValueError: a size below 1, another state_dtype.
         """
         check_sizes(batch_size=batch_size, max_seqlen=max_seqlen)
+        check_state_dtype(state_dtype)
         weight = self.in_proj.weight
         dtype = dtype or weight.dtype
         state_shape = (batch_size, self.num_heads, self.head_dim, self.d_state)
@@ -175,7 +192,7 @@ class Mamba2(nn.Module):
             conv=weight.new_zeros(
                 batch_size, self.conv1d.in_channels, self.d_conv - 1, dtype=dtype
             ),
-            state=weight.new_zeros(state_shape, dtype=accumulation_dtype(dtype)),
+            state=weight.new_zeros(state_shape, dtype=state_dtype or accumulation_dtype(dtype)),
         )
 
     def check_inference_cache(
@@ -193,7 +210,9 @@ class Mamba2(nn.Module):
         conv_shape = (batch_size, channels, self.d_conv - 1)
         state_shape = (batch_size, self.num_heads, self.head_dim, self.d_state)
         check_cache_tensor("conv", cache.conv, conv_shape, dtype, device)
-        check_cache_tensor("state", cache.state, state_shape, accumulation_dtype(dtype), device)
+        kept = cache.state.dtype
+        state_dtype = kept if kept in STATE_DTYPES else accumulation_dtype(dtype)
+        check_cache_tensor("state", cache.state, state_shape, state_dtype, device)
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: MambaCache, rows: Rows = ALL_ROWS) -> Tensor:
@@ -212,7 +231,7 @@ class Mamba2(nn.Module):
         window = torch.cat([rows.read(cache.conv), conv_in[..., None]], dim=-1)
         values, B, C = self._sizes.split_conv(F.silu(self.conv1d(window)[..., 0]))
 
-        # Everything as (rows, heads, head_dim, d_state), in the dtype of the state.
+        # Everything as (rows, heads, head_dim, d_state), in float32 or float64.
         write = (dt[..., None] * values)[..., None] * B[:, None, None]
         decay = (dt * self._A()).exp()[..., None, None]
         state = rows.read(cache.state) * decay + write

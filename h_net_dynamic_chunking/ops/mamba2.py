@@ -149,7 +149,8 @@ def mamba2_continued(
     projected:  (batch, length, ...); what stands at pads is not used
     conv:       (batch, d_inner + 2 d_state, taps - 1), dtype of projected: the last inputs of the
                 convolution, oldest first; changes in place
-    state:      (batch, heads, head_dim, d_state), float32: S; changes in place
+    state:      (batch, heads, head_dim, d_state), float32, or rounded to bfloat16 or float16: S;
+                changes in place
     lens:       int (batch,): positions of each row, on the left; None: all have `length`
     out:        (batch, length, d_inner); means nothing at pads
     """

@@ -94,7 +94,8 @@ def ssd_continued(
 ) -> tuple[Tensor, Tensor]:
     """`ssd` of rows that go on from `state`; return y and the state after them. No gradients.
 
-    state:  (batch, heads, head_dim, d_state), float32 or float64: S before the first position
+    state:  (batch, heads, head_dim, d_state), float: S before the first position; after the last it
+            is float32, or float64 for float64 x
 
     A position with dt = 0 leaves the state alone, so that pads on the right may have that.
 

@@ -26,11 +26,17 @@ class MockModel(nn.Module):
         self.allocated: list[tuple[int, int]] = []
         self.prefills: list[tuple[Tensor, Tensor]] = []
         self.steps: list[tuple[Tensor, Tensor, str]] = []
+        self.state_dtype: torch.dtype | None = None
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> Any:
         self.allocated.append((batch_size, max_seqlen))
+        self.state_dtype = state_dtype
         return SimpleNamespace(rows=[[] for _ in range(batch_size)], max_seqlen=max_seqlen)
 
     def forward(self, input_ids: Tensor, *, lens: Tensor, inference_params: Any) -> Any:

@@ -48,6 +48,15 @@ def test_what_the_model_is_asked() -> None:
             assert ids[row].tolist() == [WANTED[row][step]]
 
 
+def test_the_model_is_told_of_the_states() -> None:
+    model = scripted(**TEXTS)
+    for stream in (False, True):
+        list(generate(model, PROMPTS, 4, state_dtype=torch.bfloat16, stream=stream))
+        assert model.state_dtype == torch.bfloat16
+        list(generate(model, PROMPTS, 4, stream=stream))
+        assert model.state_dtype is None
+
+
 def test_length_is_a_limit() -> None:
     model = scripted(**TEXTS)
     results = generate(model, PROMPTS, 7)
@@ -267,6 +276,7 @@ def test_results_travel() -> None:
         (["a"], {"seed": [1, 2]}, "seed must be an int or one for each of 1 rows, got 2"),
         (["a"], {"seed": 1.5}, "seed must be an int or one for each of 1 rows, got 1.5"),
         (["a"], {"plan": "fast"}, "plan must be one of auto, compact, masked, waiting, got 'fast'"),
+        (["a"], {"state_dtype": torch.int8}, "state_dtype must be torch.float32, .*got torch.int8"),
         (["a"], {"stream": True, "logprobs": True}, "logprobs must be False with stream"),
     ],
 )

@@ -93,18 +93,29 @@ def test_caches_that_a_piece_grows_are_recorded_again(
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bfloat16(name: str, batch: int) -> None:
-    """With given boundaries, at most twice the error of the layers' own steps in torch."""
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+)
+def test_16_bits(
+    name: str, batch: int, dtype: torch.dtype, state_dtype: torch.dtype | None
+) -> None:
+    """Of weights or states, with given boundaries: at most twice the error of steps in torch."""
     exact = gpu_model(name, torch.float32)
     ids = random_ids(batch, LENGTH).cuda()
     stages = exact.config.stages
     masks = [(torch.arange(LENGTH, device="cuda") % 2 == 0).expand(batch, -1)] * min(stages, 1)
     with torch.no_grad():
         want = exact(ids, boundary_masks=masks).logits
-    model = gpu_model(name, torch.float32).bfloat16()
+    model = gpu_model(name, torch.float32).to(dtype)
 
     def error(backend: Backend, plan: Any) -> Tensor:
-        cache = model.allocate_inference_cache(batch, LENGTH)
+        cache = model.allocate_inference_cache(batch, LENGTH, state_dtype=state_dtype)
         outs = []
         with use_backend(backend):
             for t in range(LENGTH):

@@ -307,20 +307,21 @@ def call_step_launchers() -> None:
     product_step.product_step(x, weight, swiglu=True, active=flags)
     product_step.product_step(x, torch.randn(dim, dim), bias=bf16(dim), out_dtype=torch.float32)
     state = torch.randn(rows, heads, head_dim, d_state)
+    per_head = {name: bf16(heads) for name in ("dt_bias", "A_log", "D")}
     squares = torch.empty(rows, state_step.parts(state))
     gated = state_step.Gated(
         bf16(rows, heads * head_dim), bf16(heads * head_dim), mean_square=squares
     )
-    per_head = {name: bf16(heads) for name in ("dt_bias", "A_log", "D")}
-    state_step.state_step(
-        convolution.out,
-        bf16(rows, heads),
-        state,
-        **per_head,
-        out_dtype=torch.bfloat16,
-        active=flags,
-        gated=gated,
-    )
+    for kept in (state, state.bfloat16()):
+        state_step.state_step(
+            convolution.out,
+            bf16(rows, heads),
+            kept,
+            **per_head,
+            out_dtype=torch.bfloat16,
+            active=flags,
+            gated=gated,
+        )
     parts = torch.randn(3, rows, dim)
     position = torch.arange(rows)
     count = [position, position]

@@ -312,6 +312,34 @@ def test_mamba(rows: int, dtype: torch.dtype, d_state: int, head_dim: int, d_con
         assert not torch.equal(now[active], then[active]) or now.numel() == 0, name
 
 
+@by_size
+@pytest.mark.parametrize("state_dtype", DTYPES[1:])
+def test_states_of_16_bits(rows: int, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    """The output of the state before it is rounded; the state to the nearest; rest to the bit."""
+    heads, head_dim, d_state = 2, 12, 72
+    before = numbers(rows, heads, head_dim, d_state, dtype=state_dtype)
+    conv_out, dt = numbers(rows, heads * head_dim + 2 * d_state, seed=1), numbers(rows, heads)
+    per_head = {name: numbers(heads, seed=2, dtype=dtype) for name in ("dt_bias", "A_log", "D")}
+    active, state = some_active(rows), before.clone()
+    y = state_step(conv_out, dt, state, **per_head, out_dtype=torch.float32, active=active)
+
+    dt_bias, A_log, D = (value.double()[:, None] for value in per_head.values())
+    x, B, C = conv_out.double().split([heads * head_dim, d_state, d_state], dim=1)
+    x, B, C = x.view(rows, heads, head_dim), B[:, None, None], C[:, None, None]
+    step = F.softplus(dt.double()[..., None] + dt_bias)
+    decay = (-step * A_log.exp()).exp()[..., None]
+    exact = decay * before.double() + (step * x)[..., None] * B
+    want = ((exact * C).sum(-1) + D * x).flatten(1)
+    assert_close("output", y[active], want[active].float())
+    # Half a unit in the last place; below the normal numbers of float16 that is a constant.
+    limits = torch.finfo(state_dtype)
+    half_a_unit = limits.eps / 2 * exact.abs().clamp(min=limits.smallest_normal)
+    assert bool(((state.double() - exact).abs() <= half_a_unit + 1e-6)[active].all())
+    assert torch.equal(state[~active], before[~active])
+    with pytest.raises(ValueError, match="state must be float32, bfloat16 or float16, got "):
+        state_step(conv_out, dt, state.double(), **per_head, out_dtype=torch.float32)
+
+
 @torch.no_grad()
 def mamba_mixer_step(mixer: Mamba2, x: Tensor, cache: Any, active: Tensor | None) -> Tensor:
     """The kernels between the two projections of the mixer; for one row, the first too is ours."""

@@ -55,7 +55,8 @@ def mamba2_continued(
     """The normed rows (batch, length, d_inner) of `projected` (batch, length, ...), which go on.
 
     conv:   (batch, channels, taps - 1), contiguous: changes in place
-    state:  (batch, heads, head_dim, d_state), float32, contiguous: changes in place
+    state:  (batch, heads, head_dim, d_state), float32, bfloat16 or float16, contiguous: changes in
+            place, and is rounded once
     lens:   int (batch,): positions of each row, on the left; None: all have `length`
     """
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = parameters
@@ -65,7 +66,10 @@ def mamba2_continued(
     dt = time_step_fwd(raw.flatten(0, 1), dt_bias, None, lens)
     x, B, C = parameters.sizes.split_conv(convolved)
     A = -A_log.float().exp()
-    y, _ = ssd_fwd(x, dt, A, B, C, D, None, len(projected), initial=state, final=state)
+    wide = state.float()
+    y, _ = ssd_fwd(x, dt, A, B, C, D, None, len(projected), initial=wide, final=wide)
+    if wide is not state:
+        state.copy_(wide)
     gate = gate.flatten(0, 1)
     return gated_norm_fwd(y.flatten(1), gate, norm_weight, eps, None).view(*projected.shape[:2], -1)
 

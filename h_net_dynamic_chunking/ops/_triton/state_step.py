@@ -90,7 +90,8 @@ def state_step_kernel(
     p_state = state_ptr + (i_m * heads + i_h) * head_dim * d_state
     p_state += o_p[:, None] * d_state + o_n[None, :]
     if OVERLAP:
-        lines = tl.arange(0, BLOCK_N // 32) * 32
+        LINE: tl.constexpr = 1024 // state_ptr.dtype.element_ty.primitive_bitwidth
+        lines = tl.arange(0, BLOCK_N // LINE) * LINE
         o_line = tl.minimum(o_p, head_dim - 1)[:, None] * d_state + lines[None, :]
         row = state_ptr + (i_m * heads + i_h) * head_dim * d_state
         prefetch(row + tl.minimum(o_line, head_dim * d_state - 1))
@@ -98,7 +99,7 @@ def state_step_kernel(
     wait_for_inputs(OVERLAP)
 
     mask = m_p[:, None] & m_n[None, :]
-    state = tl.load(p_state, mask, 0)
+    state = tl.load(p_state, mask, 0).to(tl.float32)
     dt = tl.load(dt_ptr + i_m * dt_stride + i_h).to(tl.float32)
     dt = softplus(dt + tl.load(dt_bias_ptr + i_h).to(tl.float32))
     A = -tl.exp(tl.load(A_log_ptr + i_h).to(tl.float32))
@@ -108,7 +109,7 @@ def state_step_kernel(
     C = tl.load(row + heads * head_dim + d_state + o_n, m_n, 0)
 
     state = tl.exp(dt * A) * state + (dt * x)[:, None] * B[None, :]
-    tl.store(p_state, state, mask)
+    tl.store(p_state, rounded(state, state_ptr.dtype.element_ty, INTERPRETED), mask)
     y = tl.sum(state * C[None, :], 1) + tl.load(D_ptr + i_h).to(tl.float32) * x
     if GATED:
         o_c = i_h * head_dim + o_p
@@ -163,14 +164,15 @@ def state_step(
     conv_out:     float32 (rows, channels), of `conv_step`; channels are x | B | C, which are
                   d_inner, d_state and d_state
     dt:           (rows, heads), float, as `in_proj` has it; any stride between its rows
-    state:        (rows, heads, head_dim, d_state), float32
+    state:        (rows, heads, head_dim, d_state), float32, bfloat16 or float16
     dt_bias, A_log, D: (heads,)
     active:       bool (rows,), or None for all. The others keep their state to the bit
     gated:        y silu(gate) norm_weight stands for y
     out:          (rows, d_inner), `out_dtype`; unwritten where one of several rows is not
                   active, and zeros where the only one is not
 
-    Computed in float32 and rounded once.
+    Computed in float32; `out`, which is that of the state before it is rounded, and the state are
+    rounded once, to the nearest.
 
     Raises:
         ValueError: shapes or dtypes off the contract.
@@ -207,7 +209,7 @@ def state_step(
         ALONE=rows == 1,
         GATED=gated is not None,
         BLOCK_P=channels,
-        BLOCK_N=max(32, triton.next_power_of_2(d_state)),
+        BLOCK_N=max(128 // state.element_size(), triton.next_power_of_2(d_state)),
         num_warps=warps,
         **launch_options(conv_out),
     )
@@ -229,7 +231,8 @@ def _check(
         )
     rows, heads, head_dim, d_state = state.shape
     check_contiguous("state", state, *state.shape)
-    check_dtype("state", state, torch.float32)
+    if state.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"state must be float32, bfloat16 or float16, got {state.dtype}")
     check_contiguous("conv_out", conv_out, rows, heads * head_dim + 2 * d_state)
     check_dtype("conv_out", conv_out, torch.float32)
     check_shape("dt", dt, rows, heads)
