@@ -135,7 +135,13 @@ def counted_depths(model: HNetLM) -> Iterator[Counter[int]]:
 
 
 def decode(
-    model: HNetLM, batch: int, new: int, bandwidth: float, repeats: int, plan: str
+    model: HNetLM,
+    batch: int,
+    new: int,
+    bandwidth: float,
+    repeats: int,
+    plan: str,
+    state_dtype: torch.dtype,
 ) -> list[str]:
     """One row of the table for a GPU: the median over some runs."""
     generator = torch.Generator().manual_seed(0)
@@ -154,6 +160,7 @@ def decode(
             bos=False,
             eos=False,
             plan=plan,
+            state_dtype=state_dtype,
         )
 
     first_byte = timed(lambda: list(start(1).blocks()), "cuda", 3)
@@ -208,11 +215,11 @@ def prefill(model: HNetLM, length: int) -> tuple[float, float]:
     return length / reading, length / training
 
 
-def cache_sizes(model: HNetLM) -> tuple[float, float]:
+def cache_sizes(model: HNetLM, state_dtype: torch.dtype) -> tuple[float, float]:
     """MB of a row that do not grow, and bytes that a byte of context adds."""
     sizes = []
     for context in (8192, 16384):  # past the windows, where the rings are full
-        cache = model.allocate_inference_cache(1, context)
+        cache = model.allocate_inference_cache(1, context, state_dtype=state_dtype)
         model(torch.randint(256, (1, context), device="cuda"), inference_params=cache)
         level, used = cache.backbone, 0.0
         while isinstance(level, HNetCache):
@@ -230,6 +237,10 @@ def held(cache: MambaCache | AttentionCache) -> float:
     return 2 * cache.keys.nbytes / cache.slots * float(cache.position.clamp(max=cache.slots))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def table(header: list[str], rows: list[list[str]]) -> None:
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
@@ -239,7 +250,12 @@ def table(header: list[str], rows: list[list[str]]) -> None:
 
 @torch.no_grad()
 def on_a_gpu(
-    models: list[str], batches: list[int], new: int, repeats: int, plans: list[str]
+    models: list[str],
+    batches: list[int],
+    new: int,
+    repeats: int,
+    plans: list[str],
+    state_dtype: torch.dtype,
 ) -> None:
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s; official code, batch 1: {OFFICIAL} bytes/s")
@@ -249,10 +265,13 @@ def on_a_gpu(
             model = HNetLM(HNetConfig.preset(name)).bfloat16().eval()
         every = EVERY[model.config.stages]
         open_every(model, every)
-        print(f"\n{name}, bf16, {PROMPT} bytes of prompt, {new} new, 1 of {every} opens a chunk")
+        print(
+            f"\n{name}, bf16, {dtype_name(state_dtype)} states, {PROMPT} bytes of prompt, "
+            f"{new} new, 1 of {every} opens a chunk"
+        )
         header = ["batch", "plan", "share", "bytes/s", "us a byte", "floor, us", "of floor"]
         rows = [
-            decode(model, batch, new, bandwidth, repeats, plan)
+            decode(model, batch, new, bandwidth, repeats, plan, state_dtype)
             for batch in batches
             for plan in plans
         ]
@@ -262,19 +281,19 @@ def on_a_gpu(
             f"prefill of 8192: {reading:,.0f} bytes/s; forward of training: {training:,.0f}; "
             f"{reading / training:.0%}"
         )
-        fixed, grows = cache_sizes(model)
+        fixed, grows = cache_sizes(model, state_dtype)
         print(f"caches of a row: {fixed:.1f} MB, and {grows:.0f} bytes a byte of context")
 
 
 @torch.no_grad()
-def on_a_cpu(name: str, contexts: list[int]) -> None:
+def on_a_cpu(name: str, contexts: list[int], state_dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = HNetLM(HNetConfig.preset(name)).eval()
     open_every(model, EVERY[model.config.stages])
     rows = []
     for context in contexts:
         ids = torch.randint(256, (1, context + 60))
-        cache = model.allocate_inference_cache(1, context + 60)
+        cache = model.allocate_inference_cache(1, context + 60, state_dtype=state_dtype)
         model(ids[:, :context], inference_params=cache)
         start = time.perf_counter()
         for t in range(context, context + 60):
@@ -283,7 +302,10 @@ def on_a_cpu(name: str, contexts: list[int]) -> None:
         again = timed(lambda ids=ids, n=context: model(ids[:, :n]), "cpu", 3)
         rows.append([str(context), f"{1 / step:,.0f}", f"{step * 1e3:.2f}", f"{again * 1e3:.1f}"])
         rows[-1].append(f"{again / step:.0f}")
-    print(f"\n{name}, float32, batch 1, {torch.get_num_threads()} threads")
+    print(
+        f"\n{name}, float32, {dtype_name(state_dtype)} states, batch 1, "
+        f"{torch.get_num_threads()} threads"
+    )
     table(["context", "bytes/s", "ms a step", "ms a forward", "times faster"], rows)
 
 
@@ -296,15 +318,29 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["auto"], help="of generate, on a GPU")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument(
+        "--state-dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of Mamba-2's states",
+    )
     options = parser.parse_args()
+    state_dtype = getattr(torch, options.state_dtype)
     if options.device == "cuda":
         print(torch.cuda.get_device_name(), "torch", torch.__version__, "ours", __version__)
-        on_a_gpu(options.models, options.batches, options.new, options.repeats, options.plans)
+        on_a_gpu(
+            options.models,
+            options.batches,
+            options.new,
+            options.repeats,
+            options.plans,
+            state_dtype,
+        )
     else:
         torch.set_num_threads(options.threads)
         print(platform.processor() or platform.machine(), "torch", torch.__version__)
         for preset in ("hnet_1stage_S", "hnet_2stage_S"):
-            on_a_cpu(preset, [64, 256, 1024, 4096])
+            on_a_cpu(preset, [64, 256, 1024, 4096], state_dtype)
 
 
 if __name__ == "__main__":
