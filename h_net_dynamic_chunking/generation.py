@@ -147,8 +147,8 @@ def generate(
             rows that open one wait for others, so that the networks inside run less often. The
             bytes are the same. "auto" takes what is fastest: on a GPU, several rows wait.
         state_dtype: what Mamba-2 layers keep their states in from byte to byte; None is float32.
-            With many rows on a GPU, torch.bfloat16 or torch.float16 saves time, and the text gets
-            worse: see `HNetLM.allocate_inference_cache` for how.
+            With many rows on a GPU, torch.bfloat16 or torch.float16 saves time, at the cost of
+            accuracy: see `HNetLM.allocate_inference_cache`.
         progress: show a bar of the bytes written so far on stderr (tqdm).
 
     Returns:

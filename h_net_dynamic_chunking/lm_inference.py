@@ -93,14 +93,15 @@ class LMInference(nn.Module):
             state_dtype: what Mamba-2 layers keep their states in between calls: torch.float32,
                 torch.bfloat16 or torch.float16. None is float32, or float64 in a float64 model.
 
-        16 bits halve the memory of the states, and what a step of many rows reads and writes, and
-        the text gets worse. A step computes in float32 as ever, but rounds what it keeps. bfloat16
+        16 bits halve the memory of the states, and what a step of many rows reads and writes, at
+        the cost of accuracy. A step computes in float32 as ever, but rounds what it keeps. bfloat16
         has 8 significant bits: what a byte writes to the state is lost where it is smaller than
         half a unit in the last place of what is there, and a head that decays by less than 2^-9 a
-        byte does not decay at all, but remembers for ever what it should forget. Heads of a new
-        model begin as slow as 2^-10. float16 has 11 bits, the same at 2^-12, and no numbers from
-        65520 on: a state that gets there is infinite from then on. As a call rounds once, however
-        many bytes it reads, a prompt in pieces, or byte by byte, gives other numbers than whole.
+        byte does not decay at all: it remembers for ever what it should forget. Heads of a new
+        model begin as slow as 2^-10. In float16, with 11 bits, that is so below 2^-12, but there
+        are no numbers from 65520 on: a state that gets there is infinite, and stays so. As a call
+        rounds once, however many bytes it reads, a prompt in pieces or byte by byte gives slightly
+        other numbers than whole.
 
         Raises:
             ValueError: a size below 1, or another state_dtype.

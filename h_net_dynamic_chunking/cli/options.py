@@ -40,7 +40,7 @@ StoredFloatTypeOption = Annotated[
 ]
 StateFloatTypeOption = Annotated[
     StateFloatType | None,
-    typer.Option(help="dtype of Mamba-2 states; 16 bits: faster for many rows, worse text"),
+    typer.Option(help="dtype of Mamba-2 states; 16 bits: faster for many rows, less accurate"),
 ]
 BosOption = Annotated[bool, typer.Option("--bos/--no-bos", help="read BOS = 254 before the text")]
 NoColorOption = Annotated[
