@@ -10,20 +10,27 @@ NAMES = ("x", "dt", "A", "B", "C", "D")
 
 
 def ssd_inputs(
-    *positions: int, heads: int = 3, head_dim: int = 4, d_state: int = 5, device: str = "cpu"
+    *positions: int,
+    heads: int = 3,
+    head_dim: int = 4,
+    d_state: int = 5,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[Tensor, ...]:
     """float64; positions are (total,) or (batch, length). x, B and C are slices of one buffer."""
     width = heads * head_dim
-    wide = randn(*positions, width + 2 * d_state, device=device).detach()
+    wide = randn(*positions, width + 2 * d_state, seed=seed, device=device).detach()
     wide.requires_grad_()
     x, B, C = wide.split([width, d_state, d_state], dim=-1)
     return (
         x.unflatten(-1, (heads, head_dim)),
-        F.softplus(randn(*positions, heads, seed=1, device=device).detach() - 2).requires_grad_(),
-        (-randn(heads, seed=2, device=device).detach().exp()).requires_grad_(),
+        F.softplus(
+            randn(*positions, heads, seed=seed + 1, device=device).detach() - 2
+        ).requires_grad_(),
+        (-randn(heads, seed=seed + 2, device=device).detach().exp()).requires_grad_(),
         B,
         C,
-        randn(heads, seed=3, device=device),
+        randn(heads, seed=seed + 3, device=device),
     )
 
 

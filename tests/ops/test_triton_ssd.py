@@ -12,7 +12,14 @@ from h_net_dynamic_chunking.ops._triton import ssd_backward, ssd_forward, ssd_st
 from tests.ops.ssd_cases import NAMES, ssd_inputs, with_tail
 from tests.ops.triton_cases import DEVICE, LOW_PRECISION
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
-from tests.support import assert_close, assert_within_low_precision_budget, cumulative, randn
+from tests.support import (
+    Errors,
+    assert_close,
+    assert_draws_within_low_precision_budget,
+    assert_within_low_precision_budget,
+    cumulative,
+    randn,
+)
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:.*deterministic")
@@ -82,6 +89,24 @@ def test_rounding_of_decays() -> None:
             for backend, of in (("triton", dtype), ("torch", dtype), ("torch", torch.float64))
         )
         assert_within_low_precision_budget(got, plain, exact)
+
+
+@pytest.mark.parametrize("rate", [1.0, 64.0])
+def test_float32_is_as_exact_as_on_torch(rate: float) -> None:
+    """Over several draws. The faster the decay, the smaller its gradient beside what a position has
+    to do with itself, which is no part of it and may not leave its rounding there."""
+    cu_seqlens = cumulative([40, 3], DEVICE)
+    draws = []
+    for draw in range(10):
+        x, dt, _, B, C, D = (
+            t.detach().float().double() for t in ssd_inputs(43, heads=4, seed=7 * draw, **SIZES)
+        )
+        inputs = x, dt, torch.full_like(D, -rate), B, C, D
+        kinds = ("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)
+        results = (run(backend, inputs, cu_seqlens, dtype) for backend, dtype in kinds)
+        draws.append([Errors.of(*of_one) for of_one in zip(*results, strict=True)])
+    for name, errors in zip(("y", *NAMES), zip(*draws, strict=True), strict=True):
+        assert_draws_within_low_precision_budget(name, errors)
 
 
 # Segments of heads, at most: of one chunk each, or whole rows.

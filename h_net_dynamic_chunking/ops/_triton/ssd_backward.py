@@ -9,7 +9,8 @@ j <= i in one sequence, S what enters the chunk and G the gradient of what leave
 
 The gradient of the logarithm of one decay, that of position k, sums over the pairs j < k <= i that
 it stands between: pairs within the chunk, pairs that come from before it, pairs that go behind it,
-and those that do both, which are exp(a_last) <S, G>.
+and those that do both, which are exp(a_last) <S, G>. No decay stands between a position and itself:
+what such a pair has, (B_j . C_j) (x_j . dy_j), is added to the gradient of dt_j apart.
 
 The pairs and du are those of `ssd_pairs`, what crosses the edges of a chunk that of `ssd_keys`.
 """
@@ -41,6 +42,7 @@ def ssd_decay_kernel(
     end,
     cross,
     skip,
+    own,
     entering,
     leaving,
     across,
@@ -87,12 +89,13 @@ def ssd_decay_kernel(
     # Nothing passes the decay of the first position of a sequence.
     b_log = tl.where((b_start < o_t)[:, None], b_log, 0.0)
     b_A = tl.load(A + o_h, mask=m_h, other=0).to(tl.float32)
-    b_grad = b_begin + b_from + b_leaving + b_A[None, :] * b_log
+    b_skip = tl.load(skip + o, mask=m, other=0)
+    b_own = tl.load(own + i_rc * L + o_l)
+    b_grad = b_own[:, None] * b_skip + b_begin + b_from + b_leaving + b_A[None, :] * b_log
     p_grad = grad_dt + (i_row * length + o_t)[:, None] * STRIDE + o_h[None, :]
     tl.store(p_grad, b_grad.to(grad_dt.dtype.element_ty), mask=m & (o_t < length)[:, None])
     tl.store(grad_A + i_rc * H + o_h, tl.sum(b_dt * b_log, axis=0), mask=m_h)
-    b_skip = tl.sum(tl.load(skip + o, mask=m, other=0), axis=0)
-    tl.store(grad_D + i_rc * H + o_h, b_skip, mask=m_h)
+    tl.store(grad_D + i_rc * H + o_h, tl.sum(b_skip, axis=0), mask=m_h)
 
 
 def ssd_bwd(
@@ -133,7 +136,8 @@ def ssd_bwd(
     across = vectors.new_empty(blocks, heads, B.shape[1])
     grad_products = vectors.new_empty(groups, blocks, L, L)
     shares = {"per_group": per_group, "blocks": blocks, "groups": groups}
-    pairs = {"begin": begin, "end": end, "cross": cross, "skip": skip}
+    own = vectors.new_empty(blocks, L)
+    pairs = {"begin": begin, "end": end, "cross": cross, "skip": skip, "own": own}
     inputs = {"grad": grad, "x": x, "B": B, "C": C}
     for early in (True, False):
         pairs_of_half(inputs, D, divided, grad_states, grad_x, grad_products, pairs, shares, early)

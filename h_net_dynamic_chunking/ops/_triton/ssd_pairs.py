@@ -34,6 +34,7 @@ def _pairs(b_BC, b_x, b_g, b_dt, b_a, b_grad_x, b_grad_BC, PRECISION: tl.constex
     decays over i, without dt_j, and over j, with it.
 
     The latter two cancel but for pairs that stand across a position: they are sums of equal terms.
+    So a position's pair with itself, whose decay is always 1, has no place here.
     """
     # Where no pair is, the decay is held at 1 for infinity, and the product of 0 makes it nothing.
     b_E = tl.exp2(tl.minimum(b_a[None, :] - b_a[:, None], 0.0))
@@ -64,6 +65,7 @@ def ssd_pairs_kernel(
     end,
     cross,
     skip,
+    own,
     length,
     chunks,
     blocks,
@@ -84,7 +86,7 @@ def ssd_pairs_kernel(
 ):
     """Pairs that begin in one half of the chunk: the gradient of x; of the products, summed over
     each group of heads; of the decays of the pairs, as `_pairs` has them, in (rows * chunks, H, L),
-    apart for those that end in the other half; and dy . x of each position."""
+    apart for those that end in the other half; dy . x of each position, skip, and B . C, own."""
     i_rc, i_g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, i_c = i_rc // chunks, (i_rc % chunks).to(tl.int32)
     live = live_positions(cu, batch, length, PACKED)
@@ -103,6 +105,12 @@ def ssd_pairs_kernel(
     b_B = tl.load(B + o_l[:, None] * SB + o_n[None, :], mask=m_t, other=0)
     b_C = tl.load(C + o_l[:, None] * SC + o_n[None, :], mask=m_t, other=0)
     b_BC = _products(b_B, b_C, o_t, o_t, tl.load(p_start), PRECISION)
+    # A position's pair with itself, of which `_pairs` knows nothing, adds to what D does.
+    m_own = o_l[:, None] == o_l[None, :]
+    b_own = tl.sum(tl.where(m_own, b_BC, 0.0), axis=1)
+    b_BC = tl.where(m_own, 0.0, b_BC)
+    if i_g == 0:
+        tl.store(own + i_rc * L + o_l, b_own)
     b_grad_BC = tl.zeros([HALF, HALF], tl.float32)
     if EARLY:
         m_late = (o_t + HALF < live)[:, None]
@@ -124,7 +132,7 @@ def ssd_pairs_kernel(
         b_grad_x = tl.dot(b_B, b_G, input_precision=PRECISION) * (b_leave * b_dt)[:, None]
         b_wide = b_g.to(tl.float32)
         tl.store(skip + p_vector, tl.sum(b_x.to(tl.float32) * b_wide, axis=1))
-        b_grad_x += tl.load(D + i_h).to(tl.float32) * b_wide
+        b_grad_x += (tl.load(D + i_h).to(tl.float32) + b_own * b_dt)[:, None] * b_wide
         if EARLY:
             # The decay from half to half is the product of those to and from the edge between.
             a_edge = tl.load(decay + (i_rc * H + i_h) * L + HALF - 1)
