@@ -255,7 +255,7 @@ def on_a_gpu(
     new: int,
     repeats: int,
     plans: list[str],
-    state_dtype: torch.dtype,
+    state_dtypes: list[torch.dtype],
 ) -> None:
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s; official code, batch 1: {OFFICIAL} bytes/s")
@@ -265,24 +265,26 @@ def on_a_gpu(
             model = HNetLM(HNetConfig.preset(name)).bfloat16().eval()
         every = EVERY[model.config.stages]
         open_every(model, every)
-        print(
-            f"\n{name}, bf16, {dtype_name(state_dtype)} states, {PROMPT} bytes of prompt, "
-            f"{new} new, 1 of {every} opens a chunk"
-        )
+        print(f"\n{name}, bf16, {PROMPT} bytes of prompt, {new} new, 1 of {every} opens a chunk")
         header = ["batch", "plan", "share", "bytes/s", "us a byte", "floor, us", "of floor"]
         rows = [
-            decode(model, batch, new, bandwidth, repeats, plan, state_dtype)
+            [dtype_name(dtype), *decode(model, batch, new, bandwidth, repeats, plan, dtype)]
             for batch in batches
             for plan in plans
+            for dtype in state_dtypes
         ]
-        table([*header, "first byte, ms", "peak, GB"], rows)
+        table(["states", *header, "first byte, ms", "peak, GB"], rows)
         reading, training = prefill(model, 8192)
         print(
             f"prefill of 8192: {reading:,.0f} bytes/s; forward of training: {training:,.0f}; "
             f"{reading / training:.0%}"
         )
-        fixed, grows = cache_sizes(model, state_dtype)
-        print(f"caches of a row: {fixed:.1f} MB, and {grows:.0f} bytes a byte of context")
+        for dtype in state_dtypes:
+            fixed, grows = cache_sizes(model, dtype)
+            print(
+                f"caches of a row, {dtype_name(dtype)} states: {fixed:.1f} MB, and {grows:.0f} "
+                "bytes a byte of context"
+            )
 
 
 @torch.no_grad()
@@ -319,27 +321,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument(
-        "--state-dtype",
-        default="float32",
+        "--state-dtypes",
+        nargs="+",
         choices=["float32", "bfloat16", "float16"],
-        help="of Mamba-2's states",
+        help="of Mamba-2's states: float32, and on a GPU bfloat16 as well, if not given",
     )
     options = parser.parse_args()
-    state_dtype = getattr(torch, options.state_dtype)
-    if options.device == "cuda":
+    on_gpu = options.device == "cuda"
+    names = options.state_dtypes or (["float32", "bfloat16"] if on_gpu else ["float32"])
+    state_dtypes = [getattr(torch, name) for name in names]
+    if on_gpu:
         print(torch.cuda.get_device_name(), "torch", torch.__version__, "ours", __version__)
-        on_a_gpu(
-            options.models,
-            options.batches,
-            options.new,
-            options.repeats,
-            options.plans,
-            state_dtype,
-        )
-    else:
-        torch.set_num_threads(options.threads)
-        print(platform.processor() or platform.machine(), "torch", torch.__version__)
-        for preset in ("hnet_1stage_S", "hnet_2stage_S"):
+        runs = options.batches, options.new, options.repeats, options.plans, state_dtypes
+        on_a_gpu(options.models, *runs)
+        return
+    torch.set_num_threads(options.threads)
+    print(platform.processor() or platform.machine(), "torch", torch.__version__)
+    for preset in ("hnet_1stage_S", "hnet_2stage_S"):
+        for state_dtype in state_dtypes:
             on_a_cpu(preset, [64, 256, 1024, 4096], state_dtype)
 
 
