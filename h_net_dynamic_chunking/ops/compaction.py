@@ -184,6 +184,8 @@ class _HostRead:
     def __init__(self, sizes: Tensor) -> None:
         self.sizes = sizes
         self._values: list[int] | None = None
+        # None too where a compiler began what then runs without it.
+        self._landing: _Landing | None = None
         if sizes.is_cuda and not torch.compiler.is_compiling():
             # Behind what is queued so far, and before what will be.
             self._landing = _landing(sizes.device)
@@ -191,7 +193,7 @@ class _HostRead:
             self._landing.event.record(torch.cuda.current_stream(sizes.device))
 
     def wait(self) -> list[int]:
-        if self._values is None and self.sizes.is_cuda:
+        if self._values is None and self._landing is not None:
             self._landing.event.synchronize()
             self._values = self._landing.memory.tolist()
             _FREE_LANDINGS[self.sizes.device].append(self._landing)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from h_net_dynamic_chunking.ops import compact, gather_rows, reference, segment
+from h_net_dynamic_chunking.ops.compaction import _HostRead
 from tests.support import (
     DEVICES,
     RAGGED,
@@ -45,6 +46,20 @@ def test_oracle(lens: list[int], share: float, device: str) -> None:
     for row, start, end in zip(segmentation.chunk_grid, starts[:-1], starts[1:], strict=True):
         pads = len(row) - (end - start)
         assert row.tolist() == [*range(start, end), *[-1] * pads]
+
+
+class OnAGpu(torch.Tensor):
+    """So it says."""
+
+    is_cuda = True
+
+
+def test_read_that_a_compiler_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has queued no copy; what is left may run without it."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    read = _HostRead(torch.tensor([3, 2]).as_subclass(OnAGpu))
+    monkeypatch.undo()
+    assert read.wait() == [3, 2]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100])
