@@ -15,6 +15,7 @@ from h_net_dynamic_chunking.layers import fused_step
 from h_net_dynamic_chunking.ops.backend import use_backend
 from tests.inference.models import random_ids, random_model
 from tests.inference.test_parity import feed
+from tests.ops.triton_cases import poisoned_memory as poisoned_memory
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",

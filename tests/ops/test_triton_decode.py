@@ -19,6 +19,7 @@ from h_net_dynamic_chunking.ops import (
     ema_smooth_step,
     expand_step,
 )
+from tests.ops.triton_cases import poisoned_memory as poisoned_memory
 from tests.support import assert_close, assert_within_low_precision_budget, boundaries, generator
 
 # The interpreter of Triton 3.6 takes arrays of one element for numbers, which numpy 2.4 refuses.
@@ -34,6 +35,8 @@ from h_net_dynamic_chunking.ops._triton.product_step import Cut, product_step
 from h_net_dynamic_chunking.ops._triton.route_step import route_step
 from h_net_dynamic_chunking.ops._triton.rows_step import norm_rows, swiglu_rows
 from h_net_dynamic_chunking.ops._triton.state_step import Gated, parts, state_step
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -432,6 +435,19 @@ def test_attention(
             getattr(caches[1], name)[active],
             getattr(exact_cache, name)[active],
         )
+
+
+@pytest.mark.parametrize("slots", [40, 2048])
+def test_row_alone_at_rest_is_zero(slots: int) -> None:
+    """Unlike one of several: the product behind it reads it as it is. In one split, and in two."""
+    nobody, position = torch.tensor([False], device=DEVICE), torch.tensor([20], device=DEVICE)
+    caches = [numbers(1, slots, 2, 8, seed=seed) for seed in (1, 2)]
+    qkv = numbers(1, 48).fill_(torch.nan)
+    assert not attention_step(qkv, *caches, position, rotary_dim=8, ring=False, active=nobody).any()
+    heads = {name: numbers(2, seed=4) for name in ("dt_bias", "A_log", "D")}
+    state, moved = numbers(1, 2, 12, 16, seed=3), numbers(1, 56).fill_(torch.nan)
+    y = state_step(moved, moved[:, :2], state, **heads, out_dtype=torch.bfloat16, active=nobody)
+    assert not y.any()
 
 
 def test_attention_in_a_window_of_a_long_cache() -> None:
