@@ -245,7 +245,7 @@ def attention_caches(block: Block, rows: int, copies: int) -> list[AttentionCach
     caches = [block.mixer.allocate_inference_cache(rows, SLOTS) for _ in range(copies)]
     for cache in caches:
         cache.position.fill_(POSITION)
-        cache.positions.tighten()
+        cache.positions.bound = POSITION
         cache.reserve(SLOTS)  # for all calls: nothing may grow while a graph is captured
         cache.keys.normal_()
         cache.values.normal_()
@@ -286,12 +286,12 @@ def attention(rows: int) -> Case:
 
 def route(rows: int) -> Case:
     queries_keys, previous = bf16(rows, 2048), bf16(rows, 1024)
-    chunks = torch.ones(rows, dtype=torch.int64, device="cuda")
+    chunks, seen = torch.ones(2, rows, dtype=torch.int64, device="cuda")
     want = boundary_probability_step(queries_keys[:, :1024], previous)
-    p, _ = route_step(queries_keys, previous.clone(), chunks, 0.5)
+    p, _ = route_step(queries_keys, previous.clone(), chunks, seen, 0.5)
 
     def run(i: int) -> object:
-        return route_step(queries_keys, previous, chunks, 0.5)
+        return route_step(queries_keys, previous, chunks, seen, 0.5)
 
     size = queries_keys.nbytes + 2 * previous.nbytes
     return Case("route_step", run, relative_error(p, want), size, 1)
