@@ -125,6 +125,7 @@ def test_kernel(rows: int, width: int, outputs: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("rows", [15, 16, 48, 50])
 def test_long_sums_come_in_pieces(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_piece", lambda _: 16)
+    monkeypatch.setattr(products, "_AT_ONCE", 2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, grad = (randn(rows, 8, seed=s, device=device).detach().bfloat16() for s in (0, 1))
     _, grad_weight, _ = products.gradients(grad, x, torch.zeros(8, 8, device=device))

@@ -263,8 +263,8 @@ def attention_step(
     window_size:    positions to the left that are kept besides the own one; -1 for all
     active:         bool (rows,), or None for all. The others keep their caches to the bit
     tile:           for measurements; None takes what was measured
-    out:            (rows, d_model), dtype of `qkv`; unwritten where one of several rows is
-                    not active, and zeros where the only one is not
+    out:            (rows, d_model), dtype of `qkv`; means nothing where one of several rows
+                    is not active, and is zero where the only one is not
 
     Turned q and k are rounded to the dtype of `qkv`, as in the layer; all else is float32, and the
     result rounded once.

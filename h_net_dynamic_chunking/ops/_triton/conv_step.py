@@ -36,7 +36,7 @@ def sum_of_window(window, weight, bias, mask, TAPS: tl.constexpr):
     """
     total = tl.load(bias, mask, 0).to(tl.float32)
     for tap in tl.static_range(TAPS - 1):
-        old = tl.load(window + tap, mask, 0).to(tl.float32)
+        old = tl.load(window + tap, mask, 0, cache_modifier=".cg").to(tl.float32)
         total = total + old * tl.load(weight + tap, mask, 0).to(tl.float32)
     return total
 

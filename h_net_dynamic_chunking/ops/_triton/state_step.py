@@ -168,8 +168,8 @@ def state_step(
     dt_bias, A_log, D: (heads,)
     active:       bool (rows,), or None for all. The others keep their state to the bit
     gated:        y silu(gate) norm_weight stands for y
-    out:          (rows, d_inner), `out_dtype`; unwritten where one of several rows is not
-                  active, and zeros where the only one is not
+    out:          (rows, d_inner), `out_dtype`; means nothing where one of several rows is
+                  not active, and is zero where the only one is not
 
     Computed in float32; `out`, which is that of the state before it is rounded, and the state are
     rounded once, to the nearest.

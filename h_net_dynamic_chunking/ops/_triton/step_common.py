@@ -9,8 +9,7 @@ stack have written, and caches which only other steps have. Nothing else is, and
 That is safe because the first kernel of a stack starts when all before have ended; or it waits for
 them before it lets the next one start, and reads no flag before that. What starts behind it, one by
 the other, then finds in L2 what they have written. In L1 it might find what was there before; so
-flags are read past it, and caches are to be those of another replay of a CUDA graph, between which
-nothing overlaps: a first kernel that is not recorded does not start before all have ended.
+flags and caches are read past it. A first kernel that is not recorded starts when all have ended.
 """
 
 import functools
