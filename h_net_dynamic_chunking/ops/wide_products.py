@@ -75,8 +75,8 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, 
         return (wide @ weight.to(dtype)).to(x.dtype), grad_weight.to(weight.dtype), grad_bias
     high, *low = _parts(weight, 2)
     if low:
-        grad_x = torch.mm(grad, low[0])
-        torch.addmm(grad_x, grad, high, out=grad_x)
+        # In float32 until the end: of partial sums in bfloat16 torch lets cuBLAS round each.
+        grad_x = _multiply(grad, high, _multiply(grad, low[0])).to(x.dtype)
     else:
         grad_x = torch.mm(grad, high)
     grad_weight = _sum_of_outer(grad, x) if low else _multiply(grad.t(), x).to(weight.dtype)
