@@ -22,6 +22,8 @@ from h_net_dynamic_chunking.ops import (
 )
 from h_net_dynamic_chunking.ops.compaction import PendingSegmentation, begin_segment_above
 from h_net_dynamic_chunking.ops.grid import ChunkGrid, grid_ahead
+from h_net_dynamic_chunking.ops.packing import accumulation_dtype
+from h_net_dynamic_chunking.ops.plain import is_plain, parameter_of
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
 from h_net_dynamic_chunking.ops.shared_linear import routed
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
@@ -136,6 +138,7 @@ class DynamicSequenceChunker(nn.Module):
             smoothing_clamp,
         )
         self.dim = dim
+        self.dim_queries_keys = dim_queries_keys
         self.boundary_threshold = boundary_threshold
         self.target_avg_token_length = target_avg_token_length
         self.ratio_loss_weight = ratio_loss_weight
@@ -312,9 +315,9 @@ class DynamicSequenceChunker(nn.Module):
                 f"tokens must be floating point with {self.dim} channels, "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        weight = self.to_queries_keys.weight
-        if tokens.dtype != weight.dtype and not torch.is_autocast_enabled(tokens.device.type):
-            raise ValueError(f"tokens must be {weight.dtype}, as the chunker, got {tokens.dtype}")
+        wanted = parameter_of(self.to_queries_keys).dtype
+        if tokens.dtype != wanted and not torch.is_autocast_enabled(tokens.device.type):
+            raise ValueError(f"tokens must be {wanted}, as the chunker, got {tokens.dtype}")
         if layout.jagged and self.max_chunks is not None:
             raise ValueError("tokens must be padded or packed when max_chunks is given, got jagged")
         if boundary_mask is None:
@@ -407,7 +410,10 @@ class DynamicSequenceChunker(nn.Module):
                     f"got {z.shape[-1]}"
                 )
             residual = record.layout.pack(tokens)
-            projection = self.residual_proj.weight, self.residual_proj.bias
+            if is_plain(self.residual_proj, nn.Linear):
+                projection = self.residual_proj.weight, self.residual_proj.bias
+            else:
+                residual = self.residual(residual)
         out = dechunk(
             record.chunk_layout.pack(z),
             probs,
@@ -424,9 +430,19 @@ class DynamicSequenceChunker(nn.Module):
         return record.layout.unpack(out)
 
     def residual(self, x: Tensor) -> Tensor:
-        """The projection of the residual, in float32 whatever the dtype of x and of autocast."""
-        assert self.residual_proj is not None
-        y = wide_linear(x.flatten(0, -2), self.residual_proj.weight, self.residual_proj.bias)
+        """The projection of the residual, in float32 whatever the dtype of x and of autocast.
+
+        A layer that somebody has replaced or changed, by an adapter or a hook say, runs itself,
+        outside autocast, on packed tokens in the dtype of its parameters.
+        """
+        projection, packed = self.residual_proj, x.flatten(0, -2)
+        assert projection is not None
+        if is_plain(projection, nn.Linear):
+            y = wide_linear(packed, projection.weight, projection.bias)
+        else:
+            wide = accumulation_dtype(x.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                y = projection(packed.to(parameter_of(projection, wide).dtype)).to(wide)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

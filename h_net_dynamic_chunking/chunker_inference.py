@@ -23,6 +23,7 @@ from h_net_dynamic_chunking.layout import Layout, layout_of_chunks, padded_view
 from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth, ema_smooth_step
 from h_net_dynamic_chunking.ops.expansion import expand, expand_step
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype, cu_seqlens_from_lens
+from h_net_dynamic_chunking.ops.plain import parameter_of
 from h_net_dynamic_chunking.step_kernels import fits_step_kernels, linear_by_kernel
 
 if TYPE_CHECKING:
@@ -64,10 +65,10 @@ def allocate_chunker_cache(
         raise ValueError(
             "embed_chunk_lens must be False to decode: a chunk's length is known only at its end"
         )
-    weight = chunker.to_queries_keys.weight
+    weight = parameter_of(chunker.to_queries_keys)
     dtype = dtype or weight.dtype
     return ChunkerCache(
-        previous_key=weight.new_zeros(batch_size, weight.shape[0] // 2, dtype=dtype),
+        previous_key=weight.new_zeros(batch_size, chunker.dim_queries_keys, dtype=dtype),
         smoothed=weight.new_zeros(batch_size, chunker.dim, dtype=accumulation_dtype(dtype)),
         chunks=weight.new_zeros(batch_size, dtype=torch.int64),
     )
@@ -79,7 +80,7 @@ def seen_dtype(chunker: DynamicSequenceChunker, dtype: torch.dtype) -> torch.dty
     It takes that of its weights only, which an encoder of another dtype must lead to; autocast
     leaves any.
     """
-    weight = chunker.to_queries_keys.weight
+    weight = parameter_of(chunker.to_queries_keys)
     return dtype if torch.is_autocast_enabled(weight.device.type) else weight.dtype
 
 
@@ -99,9 +100,9 @@ def check_chunker_cache(
     """
     check_cache_class(cache, ChunkerCache, chunker)
     assert isinstance(cache, ChunkerCache)
-    weight = chunker.to_queries_keys.weight
-    width, wide, device = weight.shape[0] // 2, accumulation_dtype(dtype), weight.device
-    key_shape, smoothed_shape = (batch_size, width), (batch_size, chunker.dim)
+    weight = parameter_of(chunker.to_queries_keys)
+    wide, device = accumulation_dtype(dtype), weight.device
+    key_shape, smoothed_shape = (batch_size, chunker.dim_queries_keys), (batch_size, chunker.dim)
     check_cache_tensor("previous_key", cache.previous_key, key_shape, dtype, device)
     check_cache_tensor("smoothed", cache.smoothed, smoothed_shape, wide, device)
 
@@ -272,7 +273,7 @@ def route_step(
 def routes_by_kernel(chunker: DynamicSequenceChunker, x: Tensor, rows: Rows) -> bool:
     """Whether `route_step` of x (rows, dim) is one kernel behind its projection."""
     plain = chunker.start_key is None and chunker.max_chunks is None
-    return plain and fits_step_kernels(x, chunker.to_queries_keys.weight, rows)
+    return plain and fits_step_kernels(x, parameter_of(chunker.to_queries_keys), rows)
 
 
 def route_by_kernel(
@@ -315,7 +316,7 @@ def upsample_step(
     x:  (rows, dim): what the encoder made of the position
     """
     probs, opens = routed
-    if not fits_step_kernels(x, chunker.to_queries_keys.weight, rows):
+    if not fits_step_kernels(x, parameter_of(chunker.to_queries_keys), rows):
         opening, old = rows.only(opens), rows.read(cache.smoothed)
         weights = _weights(chunker, probs)
         opening.write(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from h_net_dynamic_chunking.lm import HNetLM
+from h_net_dynamic_chunking.ops.plain import parameter_of
 
 BYTE_VALUES = 256
 
@@ -140,7 +141,7 @@ def _decode(a: HNetLM, b: HNetLM, prompt: bytes, new_bytes: int) -> tuple[Differ
 
 @torch.inference_mode()
 def _run(model: HNetLM, text: bytes) -> Run:
-    ids = torch.tensor(list(text), device=model.embeddings.weight.device)
+    ids = torch.tensor(list(text), device=parameter_of(model.embeddings).device)
     out = model(ids[None])
     # Inner stages count chunks of the stage around them, which two models may cut differently.
     byte_of_position = torch.arange(len(text))

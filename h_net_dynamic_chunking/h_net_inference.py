@@ -24,6 +24,7 @@ from h_net_dynamic_chunking.cache import ALL_ROWS, Positions, Rows, check_cache_
 from h_net_dynamic_chunking.chunker import DynamicSequenceChunker
 from h_net_dynamic_chunking.chunker_inference import ChunkerCache, NewChunks, Routed
 from h_net_dynamic_chunking.layout import Layout, check_lens, layout_of
+from h_net_dynamic_chunking.ops.plain import parameter_of
 from h_net_dynamic_chunking.outputs import hidden_states
 from h_net_dynamic_chunking.sequence_module import unwrapped
 
@@ -382,7 +383,7 @@ class HNetInference(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return self.chunker.to_queries_keys.weight.device
+        return parameter_of(self.chunker.to_queries_keys).device
 
 
 def stages_of(backbone: Any, cache: Any) -> list[tuple[HNetInference, HNetCache]]:

@@ -23,7 +23,7 @@ from h_net_dynamic_chunking.layers.embedding import Embedding
 from h_net_dynamic_chunking.layout import layout_of, padded_view
 from h_net_dynamic_chunking.lm_output import HNetLMOutput, StageRecord
 from h_net_dynamic_chunking.ops.backend import Backend, chosen_backend
-from h_net_dynamic_chunking.ops.plain import is_plain
+from h_net_dynamic_chunking.ops.plain import is_plain, parameter_of
 from h_net_dynamic_chunking.recording import Recording, can_record
 from h_net_dynamic_chunking.sequence_module import unwrapped
 from h_net_dynamic_chunking.step_graphs import StepGraphs
@@ -109,7 +109,9 @@ class LMInference(nn.Module):
         backbone = self._stack.allocate_inference_cache(batch_size, max_seqlen, dtype, state_dtype)
         if isinstance(backbone, HNetCache):
             return InferenceCache(self.config, backbone.positions, backbone)
-        seen = torch.zeros(batch_size, dtype=torch.int64, device=self.embeddings.weight.device)
+        seen = torch.zeros(
+            batch_size, dtype=torch.int64, device=parameter_of(self.embeddings).device
+        )
         return InferenceCache(self.config, Positions(seen, max_seqlen), backbone)
 
     @torch.no_grad()
@@ -290,7 +292,7 @@ class LMInference(nn.Module):
 
     def _embed(self, ids: Tensor) -> Tensor:
         """What a recorded step begins with: (rows, dim) of ids (rows,)."""
-        weight = self.embeddings.weight
+        weight = parameter_of(self.embeddings)
         plain = is_plain(self.embeddings, Embedding) and weight.is_contiguous()
         if plain and fits_step_kernels(weight, weight, ALL_ROWS):
             from h_net_dynamic_chunking.ops._triton.embed_step import embed_step
@@ -302,7 +304,7 @@ class LMInference(nn.Module):
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits (rows, vocab) of hidden states (rows, dim)."""
         logits = None
-        if fits_step_kernels(hidden, self.lm_head.weight, ALL_ROWS):
+        if fits_step_kernels(hidden, parameter_of(self.lm_head), ALL_ROWS):
             logits = linear_by_kernel(hidden, self.lm_head)
         return self.lm_head(hidden) if logits is None else logits
 
@@ -344,7 +346,7 @@ class LMInference(nn.Module):
                 f"got some for {cache.batch_size}"
             )
         cache.positions.check_room(new, rows, lens)
-        dtype = self.embeddings.weight.dtype
+        dtype = parameter_of(self.embeddings).dtype
         step_module.check_cache("backbone", self.backbone, cache.backbone, batch_size, dtype)
         return replace(rows, checked=True)
 

@@ -34,6 +34,7 @@ from h_net_dynamic_chunking.h_net_inference import HNetInference
 from h_net_dynamic_chunking.lm import HNetLM
 from h_net_dynamic_chunking.lm_inference import InferenceCache
 from h_net_dynamic_chunking.lm_output import HNetLMOutput
+from h_net_dynamic_chunking.ops.plain import parameter_of
 from h_net_dynamic_chunking.sampling import (
     Parameters,
     Sampling,
@@ -214,7 +215,7 @@ class Speculation:
         assert isinstance(stage, HNetInference)
         self._model = model
         self._threshold = stage.chunker.boundary_threshold
-        self._device = model.embeddings.weight.device
+        self._device = parameter_of(model.embeddings).device
         self._closed = torch.zeros(1, dtype=torch.bool, device=self._device)
         self._max_new_bytes = max_new_bytes
         self._draft_length = draft

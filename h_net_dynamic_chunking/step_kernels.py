@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from h_net_dynamic_chunking.cache import Rows
 from h_net_dynamic_chunking.ops.backend import uses_triton
+from h_net_dynamic_chunking.ops.plain import is_plain
 
 
 def fits_step_kernels(x: Tensor, weight: Tensor, rows: Rows) -> bool:
@@ -29,7 +30,7 @@ def linear_by_kernel(
 
     In `out_dtype`, or in the dtype of x.
     """
-    if type(linear) is not nn.Linear:  # one that somebody has changed runs itself
+    if not is_plain(linear, nn.Linear):  # one that somebody has changed runs itself
         return None
     from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
     from h_net_dynamic_chunking.ops._triton.product_step import fits_product_step, product_step

@@ -28,6 +28,7 @@ from h_net_dynamic_chunking.layers._checks import (
 from h_net_dynamic_chunking.layers._packed import longest
 from h_net_dynamic_chunking.layers.attention_cache import AttentionCache
 from h_net_dynamic_chunking.ops.packing import cu_seqlens_of_rows
+from h_net_dynamic_chunking.ops.plain import parameter_of
 from h_net_dynamic_chunking.ops.rotary import rotary, rotary_from, rotate
 from h_net_dynamic_chunking.ops.tail import zero_tail
 
@@ -145,7 +146,7 @@ class CausalAttention(nn.Module):
         that of the x to come; the weights' if None.
         """
         check_sizes(batch_size=batch_size, max_seqlen=max_seqlen)
-        weight = self.Wqkv.weight
+        weight = parameter_of(self.Wqkv)
         return AttentionCache.empty(
             weight, batch_size, max_seqlen, self._heads, self.window_size, dtype
         )
@@ -164,7 +165,7 @@ class CausalAttention(nn.Module):
         And unless it has room for `new` more positions of these rows, or lens[r] of row r.
         """
         check_cache_class(cache, AttentionCache, self)
-        device = self.Wqkv.weight.device
+        device = parameter_of(self.Wqkv).device
         for name in ("keys", "values"):
             shape = (batch_size, cache.slots, *self._heads)
             check_cache_tensor(name, getattr(cache, name), shape, dtype, device)

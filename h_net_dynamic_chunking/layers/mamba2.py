@@ -36,7 +36,7 @@ from h_net_dynamic_chunking.ops.mamba2 import (
     mamba2_inner,
 )
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
-from h_net_dynamic_chunking.ops.plain import is_plain
+from h_net_dynamic_chunking.ops.plain import is_plain, parameter_of
 from h_net_dynamic_chunking.ops.ssd import CHUNK_SIZE, ssd, ssd_continued
 from h_net_dynamic_chunking.ops.tail import zero_tail
 from h_net_dynamic_chunking.ops.unkept_input import weight_to_take
@@ -185,7 +185,7 @@ class Mamba2(nn.Module):
         """
         check_sizes(batch_size=batch_size, max_seqlen=max_seqlen)
         check_state_dtype(state_dtype)
-        weight = self.in_proj.weight
+        weight = parameter_of(self.in_proj)
         dtype = dtype or weight.dtype
         state_shape = (batch_size, self.num_heads, self.head_dim, self.d_state)
         return MambaCache(
@@ -206,7 +206,7 @@ class Mamba2(nn.Module):
     ) -> None:
         """Raise ValueError unless the cache is one of this layer for that batch and dtype."""
         check_cache_class(cache, MambaCache, self)
-        channels, device = self.conv1d.in_channels, self.in_proj.weight.device
+        channels, device = self.conv1d.in_channels, parameter_of(self.in_proj).device
         conv_shape = (batch_size, channels, self.d_conv - 1)
         state_shape = (batch_size, self.num_heads, self.head_dim, self.d_state)
         check_cache_tensor("conv", cache.conv, conv_shape, dtype, device)
@@ -256,7 +256,7 @@ class Mamba2(nn.Module):
         """
         check_extension(x, self.d_model, lens)
         self._check_cache(cache, x, rows)
-        if self._is_plain() and fits_step_kernels(x, self.in_proj.weight, rows):
+        if self._is_plain() and fits_step_kernels(x, parameter_of(self.in_proj), rows):
             mixed = mamba2_continued(
                 self.in_proj(x),
                 self._parameters_inside(),

@@ -1,5 +1,8 @@
 """Whether a module does what its class says, so that an operation may take its weights instead."""
 
+import itertools
+
+import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking.ops.packing import autocast_dtype
@@ -30,3 +33,19 @@ def is_product(linear: nn.Linear, x: Tensor) -> bool:
         and type(linear.weight) in PLAIN
         and x.dtype == (autocast_dtype(x) or linear.weight.dtype)
     )
+
+
+def parameter_of(module: nn.Module, otherwise: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that has the dtype and the device of a layer, which may be a wrapper of one.
+
+    Its weight; if it has none of floating point, its first parameter or buffer that is; if there is
+    none either, an empty tensor in the dtype `otherwise`.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight
+    tensors = list(itertools.chain(module.parameters(), module.buffers()))
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            return tensor
+    return torch.empty(0, dtype=otherwise, device=tensors[0].device if tensors else None)

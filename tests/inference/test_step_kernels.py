@@ -37,7 +37,12 @@ class Adapted(nn.Linear):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
     "place",
-    ["network.layers.0.mlp.fc2", "encoder.layers.0.mixer.out_proj", "chunker.to_queries_keys"],
+    [
+        "network.layers.0.mlp.fc2",
+        "encoder.layers.0.mixer.out_proj",
+        "chunker.to_queries_keys",
+        "chunker.residual_proj",
+    ],
 )
 def test_changed_layers_run_themselves(place: str, rows: int) -> None:
     model, ids = random_model("one_stage", torch.float32, d_state=16), random_ids(rows, 15)
