@@ -72,6 +72,12 @@ def check_integer(name: str, value: Any, least: int | None = None) -> None:
     require(fits, name, wanted, value)
 
 
+def check_amount(name: str, value: Any) -> None:
+    """A finite number of at least 0, of Python or numpy; True is none."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(fits and 0 <= value < math.inf, name, "a finite number of at least 0", value)
+
+
 def check_integers(name: str, values: Sequence[Any], least: int | None = None) -> None:
     """Each of `values`, named by its place."""
     for place, value in enumerate(values):

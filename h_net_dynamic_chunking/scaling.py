@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from h_net_dynamic_chunking.config_checks import check_amount
 from h_net_dynamic_chunking.layers import Isotropic, parse_layout
 
 INIT_STD = 0.02
@@ -67,7 +68,11 @@ def parameter_groups(
     """Groups for an optimizer, by level and by whether they decay; each has `lr_multiplier`.
 
     Norms, biases, A_log, D, dt_bias and pad vectors do not decay: all that has one dimension.
+
+    Raises:
+        ValueError: weight_decay is no finite number of at least 0.
     """
+    check_amount("weight_decay", weight_decay)
     return [
         {
             "params": [p for p in members if (p.ndim > 1) == decays],

@@ -1,6 +1,5 @@
 """AdamW with a learning rate per stage, and no decay where decay makes no sense."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from h_net_dynamic_chunking import scaling
+from h_net_dynamic_chunking.config_checks import check_amount
 from h_net_dynamic_chunking.scaling import lr_multipliers
 from h_net_dynamic_chunking.training.config import Config
 from h_net_dynamic_chunking.training.model import ByteHNet
@@ -38,7 +38,7 @@ def adamw(groups: Iterable[dict[str, Any]], learning_rate: float) -> torch.optim
     Fused: a group is a few launches, which read and write each number once.
 
     Raises:
-        ValueError: groups without multiples, or a rate that is no number of at least 0.
+        ValueError: groups without multiples, or a rate that is no finite number of at least 0.
     """
     groups = list(groups)
     for group in groups:
@@ -48,7 +48,7 @@ def adamw(groups: Iterable[dict[str, Any]], learning_rate: float) -> torch.optim
                 "groups must be dicts with an 'lr_multiplier', as HNetLM.parameter_groups gives, "
                 f"got {got}"
             )
-    _check_rate(learning_rate)
+    check_amount("learning_rate", learning_rate)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
     set_learning_rate(optimizer, learning_rate)
     return optimizer
@@ -58,9 +58,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Give each group its multiple of `learning_rate`; in place where its rate is a tensor.
 
     Raises:
-        ValueError: a rate that is no number of at least 0, or groups without multiples.
+        ValueError: a rate that is no finite number of at least 0, or groups without multiples.
     """
-    _check_rate(learning_rate)
+    check_amount("learning_rate", learning_rate)
     if not all("lr_multiplier" in group for group in optimizer.param_groups):
         raise ValueError(
             "optimizer must have an 'lr_multiplier' in each group, as one of `adamw` has; "
@@ -72,11 +72,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-def _check_rate(learning_rate: float) -> None:
-    if not isinstance(learning_rate, (int, float)) or not 0 <= learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be a number of at least 0, got {learning_rate!r}")
 
 
 def clip_gradients(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """HNetLM: layouts agree, causality, losses, parameter groups, refusals."""
 
+import math
 from typing import Any
 
 import pytest
@@ -165,6 +166,10 @@ def test_parameter_groups() -> None:
     assert rates["backbone.width_in.vector"] == rates["backbone.network.encoder.rmsnorm.weight"]
     assert rates["backbone.network.width_in.vector"] == model.lr_multipliers()[2]
     torch.optim.AdamW(groups, lr=1e-3)
+    for bad in (-1, math.nan, math.inf, None, "x", True):
+        wanted = f"weight_decay must be a finite number of at least 0, got {bad!r}"
+        with pytest.raises(ValueError, match=wanted):
+            model.parameter_groups(bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """GraphedStep: the numbers of a plain loop, wherever it runs, and rates that change on the way."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,8 +171,16 @@ def test_adamw_wants_multiples_and_a_rate() -> None:
             ValueError, match=f"groups must be dicts with an 'lr_multiplier'.*{got}"
         ):
             adamw(groups, 1e-3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="learning_rate must be a number of at least 0, got '1'"):
-        adamw(model.parameter_groups(0.1), "1")  # type: ignore[arg-type]
+    groups = model.parameter_groups(0.1)
+    wanted = "learning_rate must be a finite number of at least 0, got "
+    for bad in ("1", True, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"{wanted}{bad!r}"):
+            adamw(groups, bad)  # type: ignore[arg-type]
+    optimizer = adamw(groups, 0.5)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=f"{wanted}True"):
+        set_learning_rate(optimizer, True)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
     other = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match=r"optimizer must have an 'lr_multiplier'.*SGD"):
         set_learning_rate(other, 1e-3)
