@@ -219,7 +219,12 @@ def fetch_from_hub(name: str) -> Path:
         ValueError: the hub cannot be reached, or knows no such model.
         ImportError: huggingface-hub is not installed.
     """
-    hub = _required("huggingface_hub")
+    try:
+        hub = _required("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            f"name_or_path: there is no directory {name!r}, and to look for it on the hub, {error}"
+        ) from error
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
     # Connection errors are OSErrors; the rest says that the name cannot be one.

@@ -17,6 +17,8 @@ from h_net_dynamic_chunking.cli import app
 from h_net_dynamic_chunking.cli.info import Sizes
 from h_net_dynamic_chunking.comparison import compare
 from h_net_dynamic_chunking.config import PRESETS
+from h_net_dynamic_chunking.training.config import Config
+from h_net_dynamic_chunking.training.folder import RunFolder
 
 CONFIG = HNetConfig.create_reasonable_config(D=[32, 32, 64], arch=["m1", "T1m1", "T1"])
 FEW = ["--prompt", "héllo, wörld", "--new-bytes", "3"]
@@ -276,7 +278,11 @@ def test_bad_models_are_named(official: Path, directory: Path, tmp_path: Path) -
     assert "config.json: attn_cfg.num_heads[0] must be a divisor of d_model[0] = 1000" in line
     (tmp_path / "config.json").unlink()
     assert "is not JSON" in complaint("info", official)
-    assert "absent" in complaint("convert", absent, tmp_path / "new")
+    for destination in ("new", "new.pt"):
+        line = complaint("convert", absent, tmp_path / destination)
+        assert line == f"hnet: SOURCE: {absent} does not exist"
+    line = complaint("convert", official, json_file)
+    assert f"DESTINATION must be a new directory or a .pt, got the file {json_file}" in line
     assert "directory" in complaint("convert", official, tmp_path / "new.pt")
     assert "official .pt" in complaint("convert", directory, tmp_path / "new")
     line = complaint("convert", directory, tmp_path / "new.pt", "--config", json_file)
@@ -284,6 +290,21 @@ def test_bad_models_are_named(official: Path, directory: Path, tmp_path: Path) -
     line = complaint("convert", tmp_path / "truncated.pt", tmp_path / "new", "--config", json_file)
     assert "truncated" in line
     assert not (tmp_path / "new").exists()
+
+
+def test_runs_of_train_are_no_models(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.write_settings({**Config().to_json(), "steps": 1})
+    run.checkpoint.touch()
+    said = f"hnet: {run.path} is a run folder of train.py, whose model hnet does not read"
+    for model in (run.path, run.checkpoint):
+        assert complaint("generate", "--model", model, "--prompt", "a") == said
+    for model in (run.path, run.config):
+        assert complaint("info", model) == said
+    assert complaint("compare", run.path, "hnet_1stage_S") == said
+    for source, destination in ((run.path, "new.pt"), (run.checkpoint, "new")):
+        assert complaint("convert", source, tmp_path / destination) == said
+        assert not (tmp_path / destination).exists()
 
 
 def test_bad_comparisons_are_named(official: Path, directory: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal as readable_size
 
-from h_net_dynamic_chunking.cli.models import load_official
+from h_net_dynamic_chunking.cli.models import load_official, refuse_run
 from h_net_dynamic_chunking.cli.options import ConfigOption, one_sentence_errors
 from h_net_dynamic_chunking.lm import HNetLM
 
@@ -26,11 +26,18 @@ def convert_command(
     .json of the same stem beside it, which has no place for target ratios, the weight of the ratio
     loss and the clamp of the smoothing. Weights keep every bit.
     """
+    refuse_run(source)
+    if not source.exists():
+        raise ValueError(f"SOURCE: {source} does not exist")
     to_official = destination.suffix == ".pt"
     if to_official:
         files = [destination, destination.with_suffix(".json")]
     else:
         files = [destination / "model.safetensors", destination / "config.json"]
+    if not to_official and destination.is_file():
+        raise ValueError(
+            f"DESTINATION must be a new directory or a .pt, got the file {destination}"
+        )
     present = [str(file) for file in files if file.exists()]
     if present and not overwrite:
         raise ValueError(f"{' and '.join(present)} would be replaced; add --overwrite to do so")

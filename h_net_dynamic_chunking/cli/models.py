@@ -9,6 +9,7 @@ from h_net_dynamic_chunking.cli.options import FloatType
 from h_net_dynamic_chunking.config import PRESETS, HNetConfig
 from h_net_dynamic_chunking.lm import HNetLM
 from h_net_dynamic_chunking.training.devices import resolve_device
+from h_net_dynamic_chunking.training.folder import RunFolder
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -18,6 +19,7 @@ def read_config(model: str) -> HNetConfig:
     if model in PRESETS:
         return PRESETS[model]
     path = Path(model)
+    refuse_run(path)
     if path.is_dir():
         path /= "config.json"
     if not path.is_file():
@@ -40,6 +42,8 @@ def load_model(
     torch_dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
     torch_device = resolve_device(device)
     path = Path(source)
+    if source not in PRESETS:
+        refuse_run(path)
     if source not in PRESETS and path.is_file():
         return load_official(path, config, torch_device, torch_dtype, clamp)
     if config is not None:
@@ -56,6 +60,13 @@ def load_model(
         f"{source} is no preset ({', '.join(PRESETS)}), no directory, no file, and no name on the "
         "hub such as cartesia-ai/hnet_1stage_L"
     )
+
+
+def refuse_run(path: Path) -> None:
+    """Raise ValueError if this is the folder of a run of train.py, or a file with its model."""
+    run = RunFolder(path if path.is_dir() else path.parent)
+    if path in (run.path, run.config, run.checkpoint) and run.is_of_train:
+        raise ValueError(f"{run.path} is a run folder of train.py, whose model hnet does not read")
 
 
 def load_official(

@@ -24,6 +24,14 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         return any(file.exists() for file in (self.config, self.checkpoint, self.metrics))
 
+    @property
+    def is_of_train(self) -> bool:
+        """Whether its config.json is one of train.py, and no model's that any program wrote."""
+        try:
+            return "corpus_sha256" in self.read_settings()
+        except ValueError:
+            return False
+
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Write down, in a folder made if need be, with which settings the run goes."""
         try:

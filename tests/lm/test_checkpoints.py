@@ -179,8 +179,12 @@ def test_the_hub_without_a_network_says_so(
     with pytest.raises(ValueError, match=message):
         HNetLM.from_pretrained("cartesia-ai/hnet_1stage_L")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"pip install 'h-net-dynamic-chunking\[hub\]'"):
-        HNetLM.from_pretrained("cartesia-ai/hnet_1stage_L")
+    message = (
+        "name_or_path: there is no directory 'nothere', and to look for it on the hub, "
+        r"huggingface-hub is missing: pip install 'h-net-dynamic-chunking\[hub\]'$"
+    )
+    with pytest.raises(ImportError, match=message):
+        HNetLM.from_pretrained("nothere")
 
 
 HEAD = torch.zeros(256, 32)
