@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from h_net_dynamic_chunking.config_checks import MAMBA_HEAD_DIM
+
 MAMBAS = ("torch", "mamba-ssm")
 ATTENTIONS = ("torch", "flash-attn", "x-transformers")
 
@@ -43,6 +45,12 @@ class Config:
                 raise ValueError(f"{name} is {value}; {count} values are wanted")
         if min(self.dims) < 1:
             raise ValueError(f"dims is {self.dims}; each must be at least 1")
+        for dim, layout in zip(self.dims, self.layouts, strict=True):
+            if not {"m", "M"}.isdisjoint(layout) and 2 * dim % MAMBA_HEAD_DIM:
+                raise ValueError(
+                    f"dims is {self.dims}; twice each of a stage with Mamba-2 must be a multiple "
+                    f"of {MAMBA_HEAD_DIM}, the width of a Mamba-2 head, which 2 * {dim} is not"
+                )
         if not all(1 < ratio < math.inf for ratio in self.target_ratio):
             raise ValueError(f"target_ratio is {self.target_ratio}; each must be more than 1")
         if not 0 < self.learning_rate < math.inf:

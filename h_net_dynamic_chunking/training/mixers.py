@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from h_net_dynamic_chunking.config_checks import MAMBA_HEAD_DIM
 from h_net_dynamic_chunking.layers import CausalAttention, Mamba2, MixerFactory
 
 HEAD_DIM = 64  # channels of an attention head, as near as the width allows
-MAMBA_HEAD_DIM = 64
 MAMBA_STATE = 64  # half of the published models', whose windows are 16 times as long
 
 

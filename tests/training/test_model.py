@@ -41,7 +41,11 @@ def model(tiny_config: Config) -> ByteHNet:
         ({"ratio_loss_weight": -1.0}, "ratio_loss_weight"),
         ({"mamba": "cuda"}, "mamba is 'cuda'"),
         ({"attention": "cuda"}, "attention is 'cuda'"),
-        ({"dims": (33, 32, 64)}, "head_dim"),
+        (
+            {"dims": (32, 16, 64)},
+            r"dims is \(32, 16, 64\); twice each of a stage with Mamba-2 must be a multiple of 64, "
+            r"the width of a Mamba-2 head, which 2 \* 16 is not",
+        ),
         ({"layouts": ("m1", "x1", "T1")}, "layout"),
     ],
 )

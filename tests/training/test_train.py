@@ -117,7 +117,7 @@ def test_bad_input_gets_a_sentence_and_writes_nothing(
         ("--data", "empty"): "is empty",
         (*data, *TINY, "--seq-len", "1000000"): "too few for a sequence",
         (*data, "--seq-len", "0"): "seq_len is 0",
-        (*data, "--dims", "33", "32", "32"): "head_dim",
+        (*data, "--dims", "33", "32", "32"): "dims is (33, 32, 32); twice each of a stage with",
         (*data, "--steps", "0"): "steps is 0",
         (*data, "--device", "nonsense"): "device: 'nonsense' cannot be used here",
         (*data, "--out", str(corpus_file)): "is not a folder",
