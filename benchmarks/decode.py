@@ -314,11 +314,15 @@ def on_a_cpu(name: str, contexts: list[int], state_dtype: torch.dtype) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", default=["hnet_1stage_L", "hnet_2stage_L"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--new", type=int, default=512, help="bytes to decode")
-    parser.add_argument("--plans", nargs="+", default=["auto"], help="of generate, on a GPU")
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts")
+    parser.add_argument(
+        "--models", nargs="+", default=["hnet_1stage_L", "hnet_2stage_L"], help="presets (on a GPU)"
+    )
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[1, 8, 64], help="rows at once (on a GPU)"
+    )
+    parser.add_argument("--new", type=int, default=512, help="bytes to decode (on a GPU)")
+    parser.add_argument("--plans", nargs="+", default=["auto"], help="of generate (on a GPU)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs; the median counts (on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument(
         "--state-dtypes",

@@ -14,6 +14,8 @@ row only.
 import argparse
 import copy
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +29,14 @@ from h_net_dynamic_chunking.layers.block import Block
 from h_net_dynamic_chunking.layers.fused_step import fused_step
 from h_net_dynamic_chunking.layers.mamba2 import MambaCache
 from h_net_dynamic_chunking.ops import boundary_probability_step, ema_smooth_step
-from h_net_dynamic_chunking.ops._triton import step_common
-from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
-from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
-from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
-from h_net_dynamic_chunking.ops._triton.route_step import route_step
-from h_net_dynamic_chunking.ops._triton.state_step import state_step
+
+with suppress(ModuleNotFoundError):  # without triton, which `main` asks for
+    from h_net_dynamic_chunking.ops._triton import step_common
+    from h_net_dynamic_chunking.ops._triton.attention_step import attention_step
+    from h_net_dynamic_chunking.ops._triton.dechunk_step import dechunk_step
+    from h_net_dynamic_chunking.ops._triton.linear_step import linear_step
+    from h_net_dynamic_chunking.ops._triton.route_step import route_step
+    from h_net_dynamic_chunking.ops._triton.state_step import state_step
 
 ROTATED = 200e6  # bytes that one turn over all copies must exceed: several times L2
 CALLS = 32
@@ -72,6 +76,8 @@ def main() -> None:
         "--overlap", choices=["auto", "on", "off"], default="auto", help="let kernels overlap"
     )
     arguments = parser.parse_args()
+    if not (torch.cuda.is_available() and find_spec("triton")):
+        parser.error("needs a GPU, and triton")
     step_common.overlap_launches = {"auto": None, "on": True, "off": False}[arguments.overlap]
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()

@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--fla", metavar="DIR", help="a folder with fla-core")
     parser.add_argument("--mamba-ssm", metavar="DIR", help="a folder with mamba-ssm's source")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     forms = ["packed", "no tail", "padded"]

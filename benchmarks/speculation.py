@@ -121,7 +121,8 @@ def rows(
     share = sum(share_opening(model, *pair) for pair in pairs) / len(prompts)
     plain_us = outer + share * inner
     name = f"{temperature:g}"
-    yield [name, "none", "", f"{1 / share:.2f}", f"{share:.3f}", f"{plain_ms:.2f}", "1", "1", "1"]
+    length = f"{1 / share:.2f}" if share else "none opens"
+    yield [name, "none", "", length, f"{share:.3f}", f"{plain_ms:.2f}", "1", "1", "1"]
     for draft, results in ahead.items():
         if not temperature and [text for text, _ in results] != texts:
             print("not the greedy text: float32 rounds a step and a verification differently")
