@@ -183,9 +183,14 @@ class HNetConfig:
         >>> HNetConfig.create_reasonable_config(D=[512, 1024], arch=["m4", "T9"]).arch_layout
         ('m4', ('T9',), 'm4')
         """
+        for name, values in (("D", D), ("arch", arch)):
+            fits = isinstance(values, Sequence) and not isinstance(values, str)
+            require(fits, name, "a list with one entry a level", values)
         if len(D) != len(arch) or not D:
             raise ValueError(f"D and arch must have one entry a level, got {D} and {arch}")
         check_integers("D", D, 1)
+        for place, text in enumerate(arch):
+            require(isinstance(text, str), f"arch[{place}]", 'a layout such as "m4"', text)
         layout: tuple[Any, ...] = nested_layout([arch[-1]])
         for encoder in reversed(arch[:-1]):
             layout = (encoder, layout, _mirrored(encoder))

@@ -4,6 +4,7 @@ Values of one stage are checked only if its layers read them.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def check_integer(name: str, value: Any, least: int | None = None) -> None:
 def check_amount(name: str, value: Any) -> None:
     """A finite number of at least 0, of Python or numpy; True is none."""
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(fits and 0 <= value < math.inf, name, "a finite number of at least 0", value)
+    require(fits and 0 <= value <= sys.float_info.max, name, "a finite number of at least 0", value)
 
 
 def check_integers(name: str, values: Sequence[Any], least: int | None = None) -> None:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from h_net_dynamic_chunking.config_checks import check_amount
+
 LARGEST_INT64 = 2**63 - 1
 
 
@@ -57,7 +59,7 @@ class Sampling:
     """Over 0; see `penalized`."""
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, "at least 0", lambda x: x >= 0)
+        check_amount("temperature", self.temperature)
         if self.top_k is not None and (
             isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
         ):
@@ -66,7 +68,9 @@ class Sampling:
             _check("top_p", self.top_p, "None or in (0, 1]", lambda x: 0 < x <= 1)
         if self.min_p is not None:
             _check("min_p", self.min_p, "None or in [0, 1]", lambda x: 0 <= x <= 1)
-        _check("repetition_penalty", self.repetition_penalty, "over 0", lambda x: x > 0)
+        _check(
+            "repetition_penalty", self.repetition_penalty, "a finite number over 0", lambda x: x > 0
+        )
 
     def parameters(self, batch: int, device: torch.device) -> Parameters:
         """The same options for every row of a batch; those that change nothing are left out."""
@@ -238,15 +242,28 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """
     if seed is None:
         return torch.randint(LARGEST_INT64, (rows,)).tolist()
-    if not isinstance(seed, (int, Sequence)) or isinstance(seed, bool):
+    if not isinstance(seed, (int, Sequence)) or isinstance(seed, (bool, str)):
         raise ValueError(f"seed must be an int or one for each of {rows} rows, got {seed!r}")
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != rows:
-        raise ValueError(f"seed must be an int or one for each of {rows} rows, got {len(seeds)}")
-    for value in seeds:
-        if not isinstance(value, int) or not 0 <= value <= LARGEST_INT64:
-            raise ValueError(f"seed must be an int in [0, 2^63), got {value!r}")
-    return seeds
+    if isinstance(seed, int):
+        _check_seed(seed)
+        if seed + rows - 1 > LARGEST_INT64:
+            raise ValueError(
+                f"seed must leave room below 2^63 for {rows} rows, whose seeds are seed + row, "
+                f"got {seed}"
+            )
+        return [seed + row for row in range(rows)]
+    if len(seed) != rows:
+        raise ValueError(
+            f"seed must be an int or one for each of {rows} rows, got a list of {len(seed)}"
+        )
+    for value in seed:
+        _check_seed(value)
+    return list(seed)
+
+
+def _check_seed(value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_INT64:
+        raise ValueError(f"seed must be an int in [0, 2^63), got {value!r}")
 
 
 def _check(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:

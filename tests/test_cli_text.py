@@ -207,7 +207,10 @@ def test_ctrl_c_before_the_first_byte(model: MockModel, monkeypatch: pytest.Monk
         (["--prompt", "a", "--file", "tests/test_cli.py"], "give one of"),
         (["--prompt", "a", "--interactive"], "--interactive excludes"),
         (["--prompt", "", "--no-bos"], "prompts: row 0 is empty"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
+        (
+            ["--prompt", "a", "--temperature", "-1"],
+            "temperature must be a finite number of at least 0, got -1.0",
+        ),
         (["--prompt", "a", "--stop", ""], "stop must have no empty string"),
         (["--prompt", "a", "--seed", "-1"], "seed must be an int in [0, 2^63), got -1"),
     ],

@@ -204,14 +204,18 @@ def test_seeds() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
-        ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
+        ({"temperature": -0.1}, "temperature must be a finite number of at least 0, got -0.1"),
+        ({"temperature": math.nan}, "temperature must be a finite number of at least 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number of at least 0, got inf"),
+        ({"temperature": 10**400}, "temperature must be a finite number of at least 0, got 1000"),
+        ({"temperature": True}, "temperature must be a finite number of at least 0, got True"),
         ({"top_k": 0}, "top_k must be None or an int of at least 1, got 0"),
         ({"top_k": 2.0}, "top_k must be None or an int of at least 1, got 2.0"),
         ({"top_p": 0.0}, r"top_p must be None or in \(0, 1\], got 0.0"),
         ({"min_p": 1.1}, r"min_p must be None or in \[0, 1\], got 1.1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be over 0, got 0"),
-        ({"repetition_penalty": "2"}, "repetition_penalty must be over 0, got '2'"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number over 0, got 0"),
+        ({"repetition_penalty": math.inf}, "penalty must be a finite number over 0, got inf"),
+        ({"repetition_penalty": "2"}, "penalty must be a finite number over 0, got '2'"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
@@ -227,7 +231,26 @@ def test_more_than_all_bytes_are_all_of_them() -> None:
     assert torch.equal(most, everything)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "12", [1], [1, 2.0], [1, -2]])
-def test_bad_seeds_are_named(seed) -> None:
-    with pytest.raises(ValueError, match="seed must be an int"):
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (-1, r"be an int in \[0, 2\^63\), got -1"),
+        (2**63, r"be an int in \[0, 2\^63\), got 9223372036854775808"),
+        (2**63 - 1, r"leave room below 2\^63 for 2 rows, .* got 9223372036854775807"),
+        (1.5, "be an int or one for each of 2 rows, got 1.5"),
+        (True, "be an int or one for each of 2 rows, got True"),
+        ("12", "be an int or one for each of 2 rows, got '12'"),
+        ([1], "be an int or one for each of 2 rows, got a list of 1"),
+        ([1, 2.0], r"be an int in \[0, 2\^63\), got 2.0"),
+        ([1, -2], r"be an int in \[0, 2\^63\), got -2"),
+        ([1, True], r"be an int in \[0, 2\^63\), got True"),
+    ],
+)
+def test_bad_seeds_are_named(seed, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^seed must {message}$"):
         row_seeds(seed, 2)
+
+
+def test_the_largest_seeds() -> None:
+    assert row_seeds(2**63 - 2, 2) == [2**63 - 2, 2**63 - 1]
+    assert row_seeds(2**63 - 1, 1) == row_seeds([2**63 - 1], 1) == [2**63 - 1]

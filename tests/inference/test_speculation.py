@@ -224,7 +224,12 @@ def test_results_travel() -> None:
         ("one_stage", 3, {}, "prompt must be bytes or str, got int"),
         ("one_stage", "", {"add_bos": False}, "row 0 is empty"),
         ("one_stage", "a", {"max_new_bytes": -1}, "max_new_bytes must be an int of at least 0"),
-        ("one_stage", "a", {"temperature": -1}, "temperature must be at least 0"),
+        (
+            "one_stage",
+            "a",
+            {"temperature": -1},
+            "temperature must be a finite number of at least 0",
+        ),
         ("one_stage", "a", {"top_k": 0}, "top_k must be None or an int of at least 1"),
         ("one_stage", "a", {"stop": [""]}, "stop must have no empty string"),
         ("one_stage", "a", {"seed": -1}, "seed must be an int in"),

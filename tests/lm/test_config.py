@@ -249,5 +249,12 @@ def test_bad_files(tmp_path: Path) -> None:
         HNetConfig(["m1"], (64,), ssm_cfg={})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"D\[0\] must be an integer of at least 1, got 0"):
         HNetConfig.create_reasonable_config(D=[0], arch=["m1"])
+    for arguments, said in (
+        ({"D": 64, "arch": "T1"}, "D must be a list with one entry a level, got 64"),
+        ({"D": [64], "arch": "T1"}, "arch must be a list with one entry a level, got 'T1'"),
+        ({"D": [64, 64], "arch": [1, "T1"]}, r'arch\[0\] must be a layout such as "m4", got 1'),
+    ):
+        with pytest.raises(ValueError, match=said):
+            HNetConfig.create_reasonable_config(**arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="name must be one of hnet_1stage_L"):
         HNetConfig.preset("hnet_3stage_L")
