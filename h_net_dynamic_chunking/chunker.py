@@ -55,7 +55,8 @@ class DynamicSequenceChunker(nn.Module):
         handle_residual_proj: Add a projection of the tokens on the way up, eq. (3). It starts at
             zero and is computed in float32.
         max_chunks: Chunks a sequence may have, first come first served; what does not fit joins
-            the last chunk. Gives static shapes and reads nothing on the host. None: no limit.
+            the last chunk. Gives static shapes and reads nothing on the host. Room for so many is
+            paid for in each sequence, used or not. None: no limit.
         pool: "select" keeps the vector at the boundary; "mean" and "max" pool the positions behind
             the boundary before, up to this one (appendix E.1).
         ratio_loss_per_sequence: Evaluate the ratio loss for each sequence and average, where the
