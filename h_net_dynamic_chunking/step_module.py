@@ -62,9 +62,9 @@ def allocate(
     check_state_dtype(state_dtype)
     module = unwrapped(module)
     if _can_step(module):
-        allocate = _method(module, "allocate_inference_cache")
-        named = {"state_dtype": state_dtype} if _names(allocate, "state_dtype") else {}
-        cache = allocate(batch_size, max_seqlen, dtype, **named)
+        method = _method(module, "allocate_inference_cache")
+        named = {"state_dtype": state_dtype} if _names(method, "state_dtype") else {}
+        cache = method(batch_size, max_seqlen, dtype, **named)
         methods = [method for method in ("step", "extend") if hasattr(module, method)]
         if not all(_names_rows(_method(type(module), method)) for method in methods):
             _check_rows(name, cache, batch_size)

@@ -75,7 +75,8 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, 
         return (wide @ weight.to(dtype)).to(x.dtype), grad_weight.to(weight.dtype), grad_bias
     high, *low = _parts(weight, 2)
     if low:
-        # In float32 until the end: of partial sums in bfloat16 torch lets cuBLAS round each.
+        # In float32 until the end: a sum that bfloat16 holds on its way is rounded more than once,
+        # which made 1.6 times the least mean square error (H200).
         grad_x = _multiply(grad, high, _multiply(grad, low[0])).to(x.dtype)
     else:
         grad_x = torch.mm(grad, high)

@@ -81,7 +81,7 @@ def state_step_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_p, m_n = o_p < head_dim, o_n < d_state
     p_y = y_ptr + (i_m * heads + i_h) * head_dim + o_p
-    # Before the wait: flags do not change within a stack, whose first kernel overlaps with none.
+    # Before the wait: flags do not change within a stack.
     live = load_flag(active_ptr + i_m, HAS_ACTIVE)
     if not live:
         is_first = (i_m == 0) & (i_h == 0) & (tl.program_id(2) == 0)
