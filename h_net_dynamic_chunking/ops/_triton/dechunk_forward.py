@@ -14,6 +14,7 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import launch
 from h_net_dynamic_chunking.ops._triton.walk import (
+    PROGRAMS,
     after,
     block_of_positions,
     carry,
@@ -27,10 +28,13 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 
 # One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
 _BLOCK_D = 256
+# Programs that each look back for themselves: more than run at once, so that some read while others
+# write. Half as many took 6% longer (H200, benchmarks/RESULTS.md).
+_PROGRAMS = 4096
 # Positions that are written at a time, and chunks that are loaded at a time.
-_ROWS, _CHUNKS = 4, 4
-# Chunks that are looked back over at a time: where that is near, and where it may be far.
-_NEAR, _FAR = 8, 32
+_ROWS, _CHUNKS = 4, 8
+# Chunks that are looked back over at a time.
+_BACK = 32
 
 
 @triton.jit
@@ -80,6 +84,26 @@ def _look_back(
         weight = tl.sum(tl.where(o_back == CHUNKS - 1, b_passed, 0.0))
         i_c -= CHUNKS
     return b_state, weight
+
+
+@triton.jit
+def _reach_back(
+    p, positions, starts, i_c, low, high, CHUNKS: tl.constexpr, NEGLIGIBLE: tl.constexpr
+):
+    """The first chunk of which something is left after chunk i_c; i_c + 1 if there is none."""
+    i_first = i_c + 1
+    weight = tl.full([], 1.0, tl.float32)
+    while (i_first > 0) & counts(weight, NEGLIGIBLE):
+        o_c = i_first - 1 - tl.arange(0, CHUNKS)
+        # What is left of a chunk has passed the gates of those behind it, but not its own.
+        m_newer = (o_c >= -1) & (o_c < i_c)
+        o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
+        _, b_gate = opening(p, starts, o_open, m_newer, low, high, True)
+        b_weight = weight * tl.cumprod(tl.where(m_newer, _known(b_gate), 1.0), axis=0)
+        m_counts = (o_c >= 0) & counts(b_weight, NEGLIGIBLE)
+        i_first = tl.min(tl.where(m_counts, o_c, i_first), axis=0)
+        weight = tl.sum(tl.where(tl.arange(0, CHUNKS) == CHUNKS - 1, b_weight, 0.0))
+    return i_first
 
 
 @triton.jit(do_not_specialize=["T", "block"])
@@ -136,9 +160,13 @@ def _store_rows(
         o_row = o_t[:, None] * D + o_d[None, :]
         b_out = tl.broadcast_to(b_row[None, :], [ROWS, b_row.shape[0]])
         if HAS_RESIDUAL:
-            b_out += tl.load(residual + o_row, mask=m_row, other=0).to(tl.float32)
-            b_out += b_bias[None, :]
-        tl.store(out + o_row, b_out.to(out.dtype.element_ty), mask=m_row)
+            # Nothing reads these again soon: chunks, which are read twice, stay in the cache.
+            b_residual = tl.load(
+                residual + o_row, mask=m_row, other=0, eviction_policy="evict_first"
+            )
+            b_out += b_residual.to(tl.float32) + b_bias[None, :]
+        b_out = b_out.to(out.dtype.element_ty)
+        tl.store(out + o_row, b_out, mask=m_row, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -175,7 +203,7 @@ def dechunk_fwd_kernel(
     LOOKS_BACK: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    NEAR: tl.constexpr,
+    BACK: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
@@ -188,14 +216,11 @@ def dechunk_fwd_kernel(
         b_bias += tl.load(bias + o_d, mask=m_d, other=0).to(tl.float32)
     if i_first >= 0:
         if LOOKS_BACK:
+            # The walk begins as many chunks before the block as are still felt there.
             i_c = tl.load(chunk + i_start - 1, mask=i_start > 0, other=-1)
-            b_state, _passed = _look_back(
-                z, p, positions, starts, i_c, -1, o_d, m_d, low, high, D, WEIGH, NEAR, NEGLIGIBLE
-            )
+            i_first = _reach_back(p, positions, starts, i_c, low, high, BACK, NEGLIGIBLE)
         elif SMOOTH:
             b_state = carry(states, through, i_b - 1, -1, o_d, m_d, D, -1, NEGLIGIBLE)
-        else:
-            b_state = tl.load(z + i_first * D + o_d, mask=m_d, other=0).to(tl.float32)
         i_opens = _opens(positions, i_first, i_last, CHUNKS)
         for i_c in range(i_first, i_last + 1, CHUNKS):
             # All that these chunks need is on its way before the first of them is written.
@@ -209,14 +234,17 @@ def dechunk_fwd_kernel(
             for k in tl.static_range(CHUNKS):
                 if i_c + k <= i_last:
                     weight, gate, b_z = loaded[k]
-                    if i_opens[k] >= i_start:
+                    # What was carried in holds the chunks that opened before the block.
+                    if LOOKS_BACK or not SMOOTH or i_opens[k] >= i_start:
                         b_x = b_z.to(tl.float32)
                         if WEIGH:
                             b_x *= weight
                         b_state = after(b_x, gate, b_state)
-                        if KEEP:
+                    if KEEP:
+                        if i_opens[k] >= i_start:
                             b_kept = b_state.to(smoothed.dtype.element_ty)
-                            tl.store(smoothed + (i_c + k) * D + o_d, b_kept, mask=m_d)
+                            p_kept = smoothed + (i_c + k) * D + o_d
+                            tl.store(p_kept, b_kept, mask=m_d, eviction_policy="evict_first")
                     i_from = tl.maximum(i_opens[k], i_start)
                     i_to = tl.where(i_c + k < i_last, i_ends[k + 1], i_stop)
                     _store_rows(
@@ -316,9 +344,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     z = z.contiguous()
     total, dim = chunk.shape[0], z.shape[1]
-    walk = divide(z, total, _BLOCK_D)
-    tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
     looks_back = short_memory or not smooth
+    walk = divide(z, total, _BLOCK_D, _PROGRAMS if looks_back else PROGRAMS)
+    tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
     passed = {"states": p, "through": p} if looks_back else passed_on(walk, z)
     numbers = {"T": total, "block": walk.block, **limits(clamp)}
     if not looks_back:
@@ -326,7 +354,7 @@ def _forward(
             ends_kernel,
             walk.programs,
             {**tensors, **passed, **numbers},
-            {"WEIGH": weigh_input, "CHUNKS": _FAR, **walk.constants},
+            {"WEIGH": weigh_input, "CHUNKS": _BACK, **walk.constants},
             num_warps=4,
         )
     out = z.new_empty(total, dim, dtype=dtype)
@@ -353,7 +381,7 @@ def _forward(
             "LOOKS_BACK": short_memory,
             "ROWS": _ROWS,
             "CHUNKS": _CHUNKS,
-            "NEAR": _NEAR,
+            "BACK": _BACK,
             **walk.constants,
         },
         num_warps=1,

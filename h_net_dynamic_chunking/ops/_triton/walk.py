@@ -36,19 +36,20 @@ class Walk(NamedTuple):
 
 # At 65536 x 1024 half as many programs leave the GPU idle, and twice as many gain nothing forward
 # and lose 2% backward (H200, benchmarks/RESULTS.md). Narrower channels get more blocks instead.
-_PROGRAMS, _BLOCKS = 2048, 512
+PROGRAMS = 2048
 _SMALLEST_BLOCK = 32
 
 
-def divide(x: Tensor, total: int, block_d: int) -> Walk:
+def divide(x: Tensor, total: int, block_d: int, programs: int = PROGRAMS) -> Walk:
     """Blocks of positions and stretches of channels for chunks x (chunks, dim)."""
-    return _divide(x.shape[1], x.dtype, total, block_d)
+    return _divide(x.shape[1], x.dtype, total, block_d, programs)
 
 
 @lru_cache
-def _divide(dim: int, dtype: torch.dtype, total: int, block_d: int) -> Walk:
+def _divide(dim: int, dtype: torch.dtype, total: int, block_d: int, programs: int) -> Walk:
     block_d = min(power_of_2(dim), block_d)
-    wanted = max(_BLOCKS, _PROGRAMS // cdiv(dim, block_d))
+    # From four stretches on the blocks stay as they are, so that wide channels walk no further.
+    wanted = programs // min(cdiv(dim, block_d), 4)
     block = max(_SMALLEST_BLOCK, power_of_2(cdiv(total, wanted)))
     blocks = cdiv(total, block)
     # A 256th of what float32 rounds off, and a 500th of what float16 does.
