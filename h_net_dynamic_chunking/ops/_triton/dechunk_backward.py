@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.partial_sums import few_sums
 from h_net_dynamic_chunking.ops._triton.walk import (
     carry,
     counts,
@@ -27,8 +28,8 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 
 # One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
 _BLOCK_D = 256
-# Positions that are loaded at a time: by the walk, and to look ahead.
-_ROWS, _AHEAD = 4, 8
+# Positions that are loaded at a time: by the walk, one step ahead of their use, and to look ahead.
+_ROWS, _AHEAD = 2, 8
 
 
 @triton.jit
@@ -114,6 +115,42 @@ def _where(condition, o_d, m_d):
     return m_d & (tl.zeros_like(o_d) + condition.to(tl.int32) != 0)
 
 
+@triton.jit
+def _rows(
+    grad,
+    z,
+    smoothed,
+    p,
+    starts,
+    i_chunks,
+    i_t,
+    o_d,
+    m_d,
+    D: tl.constexpr,
+    WEIGH: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What positions i_t to i_t + ROWS - 1 need. Of what belongs to chunks that is little: what is
+    new where they change."""
+    rows = ()
+    for k in tl.static_range(ROWS):
+        i_c, i_before = i_chunks[k + 1], i_chunks[k]
+        is_new = i_c != i_before
+        is_open = is_new & (i_c >= 0)
+        b_g = tl.load(grad + (i_t + k) * D + o_d, mask=_where(i_c >= 0, o_d, m_d), other=0)
+        m_before = _where(is_new & (i_before >= 0), o_d, m_d)
+        b_before = tl.load(smoothed + i_before * D + o_d, mask=m_before, other=0)
+        b_z, raw, is_start = b_before, 1.0, False
+        if WEIGH:
+            b_z = tl.load(z + i_c * D + o_d, mask=_where(is_open, o_d, m_d), other=0)
+        if SMOOTH:
+            raw = tl.load(p + i_t + k, mask=is_open, other=1)
+            is_start = tl.load(starts + i_t + k, mask=is_open, other=1) != 0
+        rows += ((b_g, b_before, b_z, raw, is_start),)
+    return rows
+
+
 @triton.jit(do_not_specialize=["T", "B", "M", "block", "blocks"])
 def dechunk_bwd_kernel(
     grad,
@@ -158,28 +195,17 @@ def dechunk_bwd_kernel(
     b_v = _passes(_gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH), b_v)
     i_groups = tl.cdiv(i_stop - i_start, ROWS)
     i_t = i_start + (i_groups - 1) * ROWS
-    i_chunks = _chunks(chunk, i_t, T, ROWS)
+    i_chunks, i_nexts = _chunks(chunk, i_t, T, ROWS), _chunks(chunk, i_t - ROWS, T, ROWS)
     m_last = _where(i_chunks[ROWS] >= 0, o_d, m_d)
     b_s = tl.load(smoothed + i_chunks[ROWS] * D + o_d, mask=m_last, other=0).to(tl.float32)
+    rows = _rows(grad, z, smoothed, p, starts, i_chunks, i_t, o_d, m_d, D, WEIGH, SMOOTH, ROWS)
     for _ in range(i_groups):
-        # All that these positions need is on its way before the last of them is looked at. Of what
-        # belongs to chunks that is little: what is new where they change.
-        rows = ()
-        for k in tl.static_range(ROWS):
-            i_c, i_before = i_chunks[k + 1], i_chunks[k]
-            is_new = i_c != i_before
-            is_open = is_new & (i_c >= 0)
-            b_g = tl.load(grad + (i_t + k) * D + o_d, mask=_where(i_c >= 0, o_d, m_d), other=0)
-            m_before = _where(is_new & (i_before >= 0), o_d, m_d)
-            b_before = tl.load(smoothed + i_before * D + o_d, mask=m_before, other=0)
-            b_z, raw, is_start = b_before, 1.0, False
-            if WEIGH:
-                b_z = tl.load(z + i_c * D + o_d, mask=_where(is_open, o_d, m_d), other=0)
-            if SMOOTH:
-                raw = tl.load(p + i_t + k, mask=is_open, other=1)
-                is_start = tl.load(starts + i_t + k, mask=is_open, other=1) != 0
-            rows += ((b_g, b_before, b_z, raw, is_start),)
-        i_nexts = _chunks(chunk, i_t - ROWS, T, ROWS)
+        # What the positions before these need is on its way while these are looked at.
+        i_t -= ROWS
+        next_rows = _rows(
+            grad, z, smoothed, p, starts, i_nexts, i_t, o_d, m_d, D, WEIGH, SMOOTH, ROWS
+        )
+        i_afters = _chunks(chunk, i_t - ROWS, T, ROWS)
         for k in tl.static_range(ROWS - 1, -1, -1):
             b_g, b_before, b_z, raw, is_start = rows[k]
             i_c = i_chunks[k + 1]
@@ -207,9 +233,8 @@ def dechunk_bwd_kernel(
             dot = tl.sum(b_dot, axis=0)
             if CONFIDENCE == "of decision":
                 dot = tl.where(i_c != i_chunks[k], dot, -dot)
-            tl.store(p_dots + i_t + k, dot, mask=i_t + k < T)
-        i_t -= ROWS
-        i_chunks = i_nexts
+            tl.store(p_dots + i_t + ROWS + k, dot, mask=i_t + ROWS + k < T)
+        i_chunks, i_nexts, rows = i_nexts, i_afters, next_rows
 
 
 def dechunk_bwd(
@@ -313,4 +338,4 @@ def _backward(
         {**options, "ROWS": _ROWS, **walk.constants},
         num_warps=1,
     )
-    return dots[0] if dots.shape[0] == 1 else dots.sum(0)
+    return few_sums(dots)

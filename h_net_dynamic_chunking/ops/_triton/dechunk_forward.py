@@ -240,11 +240,10 @@ def dechunk_fwd_kernel(
                         if WEIGH:
                             b_x *= weight
                         b_state = after(b_x, gate, b_state)
-                    if KEEP:
-                        if i_opens[k] >= i_start:
-                            b_kept = b_state.to(smoothed.dtype.element_ty)
-                            p_kept = smoothed + (i_c + k) * D + o_d
-                            tl.store(p_kept, b_kept, mask=m_d, eviction_policy="evict_first")
+                    if KEEP and i_opens[k] >= i_start:
+                        b_kept = b_state.to(smoothed.dtype.element_ty)
+                        p_kept = smoothed + (i_c + k) * D + o_d
+                        tl.store(p_kept, b_kept, mask=m_d, eviction_policy="evict_first")
                     i_from = tl.maximum(i_opens[k], i_start)
                     i_to = tl.where(i_c + k < i_last, i_ends[k + 1], i_stop)
                     _store_rows(
