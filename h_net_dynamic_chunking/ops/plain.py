@@ -24,15 +24,16 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     )
 
 
-def is_product(linear: nn.Linear, x: Tensor) -> bool:
-    """Whether a linear layer is a product with its weight and nothing else, in the dtype of x."""
-    return (
-        is_plain(linear, nn.Linear)
-        and linear.bias is None
-        and type(x) in PLAIN
-        and type(linear.weight) in PLAIN
-        and x.dtype == (autocast_dtype(x) or linear.weight.dtype)
-    )
+def product_weight(linear: nn.Linear, x: Tensor) -> Tensor | None:
+    """The weight, in the dtype of x, of a layer that is a product with it and nothing else."""
+    if not is_plain(linear, nn.Linear) or linear.bias is not None:
+        return None
+    weight = linear.weight
+    if type(x) not in PLAIN or type(weight) not in PLAIN:
+        return None
+    if x.dtype != (autocast_dtype(x) or weight.dtype):
+        return None
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
 def parameter_of(module: nn.Module, otherwise: torch.dtype = torch.float32) -> Tensor:

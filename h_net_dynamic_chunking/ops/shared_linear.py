@@ -19,7 +19,7 @@ from h_net_dynamic_chunking.ops.boundary import (
     boundary_probability_of_pairs,
 )
 from h_net_dynamic_chunking.ops.packing import check_cu_seqlens
-from h_net_dynamic_chunking.ops.plain import is_product
+from h_net_dynamic_chunking.ops.plain import product_weight
 from h_net_dynamic_chunking.ops.registration import apply, is_watched
 
 
@@ -49,10 +49,10 @@ def routed(
 
 def _tracked_weight(x: Tensor, linear: nn.Linear) -> Tensor | None:
     """The weight in the dtype of x, if x takes a gradient and the layer is a product, no more."""
-    if not (x.requires_grad and torch.is_grad_enabled() and is_product(linear, x)):
+    if not (x.requires_grad and torch.is_grad_enabled()):
         return None
     looked_at = torch.compiler.is_compiling() or is_watched()
-    return None if looked_at else linear.weight.to(x.dtype)
+    return None if looked_at else product_weight(linear, x)
 
 
 class _SharedLinear(torch.autograd.Function):

@@ -11,7 +11,7 @@ no more at its peak.
 import torch
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.ops.plain import is_product
+from h_net_dynamic_chunking.ops.plain import product_weight
 from h_net_dynamic_chunking.ops.registration import is_watched
 
 
@@ -22,7 +22,9 @@ def weight_to_take(linear: nn.Linear, a: Tensor) -> Tensor | None:
     while somebody looks on, who may want to see a product; and if there would be nothing to gain,
     because a would not be kept without the operation, or f(a) would not.
     """
-    if not (torch.is_grad_enabled() and a.requires_grad and is_product(linear, a)):
+    if not (torch.is_grad_enabled() and a.requires_grad):
         return None
-    seen = not torch.compiler.is_compiling() and is_watched()
-    return None if seen or not linear.weight.requires_grad else linear.weight.to(a.dtype)
+    if not torch.compiler.is_compiling() and is_watched():
+        return None
+    weight = product_weight(linear, a)
+    return weight if weight is not None and weight.requires_grad else None
