@@ -32,7 +32,7 @@ from h_net_dynamic_chunking.ops.packing import (
     sequence_starts,
 )
 from h_net_dynamic_chunking.ops.places import padded_places
-from h_net_dynamic_chunking.ops.registration import apply, is_watched, operation
+from h_net_dynamic_chunking.ops.registration import apply_of, is_watched, operation
 
 
 class Segmentation(NamedTuple):
@@ -72,7 +72,7 @@ class Segmentation(NamedTuple):
         rows = ahead.resize_(positions.shape[0], x.shape[1])
         if not (x.requires_grad and torch.is_grad_enabled()):
             return rows
-        tracked: Tensor = apply(_GatheredAhead, x, positions, slots, [rows])
+        tracked: Tensor = _gathered_ahead(x, positions, slots, [rows])
         return tracked
 
     def at_boundaries(self, values: Tensor) -> Tensor:
@@ -418,3 +418,6 @@ class _GatheredAhead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_backward(ctx, grad), None
+
+
+_gathered_ahead = apply_of(_GatheredAhead)

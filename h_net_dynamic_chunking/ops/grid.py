@@ -21,7 +21,7 @@ from h_net_dynamic_chunking.ops.compaction import (
     Segmentation,
     gather_rows,
 )
-from h_net_dynamic_chunking.ops.registration import apply
+from h_net_dynamic_chunking.ops.registration import apply_of
 
 
 class ChunkGrid(NamedTuple):
@@ -47,7 +47,7 @@ class ChunkGrid(NamedTuple):
         chunks = self.rows.resize_(batch, most, x.shape[1])
         if x.requires_grad and torch.is_grad_enabled():
             indices = segmentation.boundary_positions, segmentation.slot_of_position
-            chunks = apply(_GridAhead, x, *indices, places, inverse, [chunks])
+            chunks = _grid_ahead(x, *indices, places, inverse, [chunks])
         return chunks, places, inverse
 
 
@@ -90,3 +90,6 @@ class _GridAhead(torch.autograd.Function):
         with use_backend(ctx.backend):
             packed = gather_rows(grad.flatten(0, 1), places, inverse)
             return gather_rows(packed, slots, positions), *[None] * 5
+
+
+_grid_ahead = apply_of(_GridAhead)

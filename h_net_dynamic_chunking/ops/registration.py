@@ -30,7 +30,7 @@ class Operation:
         self._name = f"h_net::{name}"
         self._implementation = implementation
         self._overload = getattr(torch.ops.h_net, name).default
-        self._function: type[torch.autograd.Function] | None = None
+        self._apply: Callable[..., Any] | None = None
         self._refuses = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -51,9 +51,7 @@ class Operation:
         if wants_grad:
             for argument in arguments:
                 if isinstance(argument, Tensor) and argument.requires_grad:
-                    if self._function is None:
-                        return self._overload(*arguments)
-                    return apply(self._function, *arguments)
+                    return (self._apply or self._overload)(*arguments)
         return self._implementation(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +75,7 @@ class Operation:
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         name = self._name.replace("::", "_")
-        self._function = type(name, (torch.autograd.Function,), methods)
+        self._apply = apply_of(type(name, (torch.autograd.Function,), methods))
 
     def refuse_autograd(self) -> None:
         """A derivative of the results raises RuntimeError: torch would take them for constants.
@@ -131,13 +129,14 @@ def is_watched() -> bool:
     )
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, where nothing is active that `is_watched` tells of.
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply`, to be called where nothing is active that `is_watched` tells of.
 
-    Past what `apply` does in Python for the transforms of torch.func, which takes 1 us, and 2.5 us
-    with 16 arguments (CPU, torch 2.13.0).
+    Past what `apply` does in Python for the transforms of torch.func, which takes 1.3 us, and 2.3
+    us with 16 arguments (CPU, torch 2.13.0). 0.4 us of it is saved by asking for it only once.
     """
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 class _Refusing(torch.autograd.Function):

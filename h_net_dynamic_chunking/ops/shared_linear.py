@@ -20,7 +20,7 @@ from h_net_dynamic_chunking.ops.boundary import (
 )
 from h_net_dynamic_chunking.ops.packing import check_cu_seqlens
 from h_net_dynamic_chunking.ops.plain import product_weight
-from h_net_dynamic_chunking.ops.registration import apply, is_watched
+from h_net_dynamic_chunking.ops.registration import apply_of, is_watched
 
 
 def shared_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def shared_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     if weight is None:
         return linear(x), x
     y: Tensor
-    y, x = apply(_SharedLinear, x, weight)
+    y, x = _apply_shared(x, weight)
     return y, x
 
 
@@ -43,7 +43,7 @@ def routed(
         return boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key), x
     check_cu_seqlens(cu_seqlens)
     p: Tensor
-    p, x = apply(_Routed, x, weight, cu_seqlens)
+    p, x = _apply_routed(x, weight, cu_seqlens)
     return p, x
 
 
@@ -71,6 +71,9 @@ class _SharedLinear(torch.autograd.Function):
         return _gradients(ctx, grad_y, grad_x, *ctx.saved_tensors)
 
 
+_apply_shared = apply_of(_SharedLinear)
+
+
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +96,9 @@ class _Routed(torch.autograd.Function):
         with use_backend(ctx.backend):
             grad_y = _boundary_probability_backward(grad_p, queries_keys, cu_seqlens)
         return *_gradients(ctx, grad_y, grad_x, x, weight), None
+
+
+_apply_routed = apply_of(_Routed)
 
 
 def _gradients(
