@@ -26,10 +26,14 @@ def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 def product_weight(linear: nn.Linear, x: Tensor) -> Tensor | None:
     """The weight, in the dtype of x, of a layer that is a product with it and nothing else."""
-    if not is_plain(linear, nn.Linear) or linear.bias is not None:
+    if not is_plain(linear, nn.Linear):
         return None
-    weight = linear.weight
-    if type(x) not in PLAIN or type(weight) not in PLAIN:
+    # Where a module keeps them: to ask it for one takes the host 0.4 us.
+    parameters = linear._parameters
+    if "bias" not in parameters or parameters["bias"] is not None:
+        return None
+    weight = parameters.get("weight")
+    if weight is None or type(weight) not in PLAIN or type(x) not in PLAIN:
         return None
     if x.dtype != (autocast_dtype(x) or weight.dtype):
         return None

@@ -108,6 +108,18 @@ def test_a_layer_that_somebody_has_changed_runs_itself() -> None:
         torch.testing.assert_close(y, factor * linear(x))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_that_keeps_a_plain_tensor_for_a_parameter(name: str) -> None:
+    """As some wrappers leave it, with a view in its place."""
+    linear, x = layer()
+    shape = linear.weight.shape if name == "weight" else linear.weight.shape[:1]
+    delattr(linear, name)
+    setattr(linear, name, randn(*shape))
+    y, same = shared_linear(x, linear)
+    assert same is x
+    assert torch.equal(y, linear(x))
+
+
 def test_autocast() -> None:
     """In its dtype, or by the layer itself."""
     linear, x = layer()
