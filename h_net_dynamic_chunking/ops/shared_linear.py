@@ -18,7 +18,6 @@ from h_net_dynamic_chunking.ops.boundary import (
     _boundary_probability_backward,
     boundary_probability_of_pairs,
 )
-from h_net_dynamic_chunking.ops.packing import check_cu_seqlens
 from h_net_dynamic_chunking.ops.plain import product_weight
 from h_net_dynamic_chunking.ops.registration import apply_of, is_watched
 
@@ -41,7 +40,6 @@ def routed(
     if weight is None:
         queries_keys, x = shared_linear(x, linear)
         return boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key), x
-    check_cu_seqlens(cu_seqlens)
     p: Tensor
     p, x = _apply_routed(x, weight, cu_seqlens)
     return p, x
