@@ -18,6 +18,8 @@ projection is in here because its backward pass wants the gradient as it comes: 
 operations, autograd would widen it to the float32 of what is added.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,6 +126,14 @@ def _check_residual(
             )
 
 
+@cache
+def _dechunk_fwd() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel's launcher. To import it at each call takes 1 us, while a GPU waits."""
+    from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
+
+    return dechunk_fwd
+
+
 def _gates(probs: Tensor, positions: Tensor, clamp: float | None) -> Tensor:
     """P of each chunk: (chunks,)."""
     gates = gather_or_zero(probs[:, None], positions)[:, 0]
@@ -151,11 +161,9 @@ def _dechunk(
 ) -> tuple[Tensor, Tensor]:
     """The result, and the smoothed chunks, which are empty unless `keep_smoothed`."""
     if runs_on_triton(z, residual, probs.shape[0]):
-        from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
-
         if residual is not None and weight is not None:
             residual = product(residual, weight, rounded_to=dtype)
-        return dechunk_fwd(
+        return _dechunk_fwd()(
             z,
             probs,
             chunk_of_position,
