@@ -42,8 +42,9 @@ class ChunkGrid(NamedTuple):
         batch, most = segmentation.cu_chunks.shape[0] - 1, segmentation.most_chunks
         if batch * most > self.rows.shape[0]:
             return None
-        places = self.places[: segmentation.boundary_positions.shape[0]]
-        inverse = self.inverse[: batch * most]
+        # To cut them to size takes a view 0.6 us more, while a GPU waits.
+        places = self.places.resize_(segmentation.boundary_positions.shape[0])
+        inverse = self.inverse.resize_(batch * most)
         chunks = self.rows.resize_(batch, most, x.shape[1])
         if x.requires_grad and torch.is_grad_enabled():
             indices = segmentation.boundary_positions, segmentation.slot_of_position
