@@ -74,7 +74,7 @@ class Segmentation(NamedTuple):
         rows = ahead.resize_(positions.shape[0], x.shape[1])
         if not (x.requires_grad and torch.is_grad_enabled()):
             return rows
-        tracked: Tensor = _gathered_ahead(x, positions, slots, [rows])
+        tracked: Tensor = _apply_gathered(x, positions, slots, [rows])
         return tracked
 
     def at_boundaries(self, values: Tensor) -> Tensor:
@@ -426,4 +426,4 @@ class _GatheredAhead(torch.autograd.Function):
         return *_backward(ctx, grad), None
 
 
-_gathered_ahead = apply_of(_GatheredAhead)
+_apply_gathered = apply_of(_GatheredAhead)

@@ -48,7 +48,7 @@ class ChunkGrid(NamedTuple):
         chunks = self.rows.resize_(batch, most, x.shape[1])
         if x.requires_grad and torch.is_grad_enabled():
             indices = segmentation.boundary_positions, segmentation.slot_of_position
-            chunks = _grid_ahead(x, *indices, places, inverse, [chunks])
+            chunks = _apply_grid(x, *indices, places, inverse, [chunks])
         return chunks, places, inverse
 
 
@@ -93,4 +93,4 @@ class _GridAhead(torch.autograd.Function):
             return gather_rows(packed, slots, positions), *[None] * 5
 
 
-_grid_ahead = apply_of(_GridAhead)
+_apply_grid = apply_of(_GridAhead)

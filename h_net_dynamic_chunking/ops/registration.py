@@ -132,7 +132,7 @@ def is_watched() -> bool:
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply`, to be called where nothing is active that `is_watched` tells of.
 
-    Past what `apply` does in Python for the transforms of torch.func, which takes 1.3 us, and 2.3
+    Past what `apply` does in Python for the transforms of torch.func, which takes 0.9 us, and 2.3
     us with 16 arguments (CPU, torch 2.13.0). 0.4 us of it is saved by asking for it only once.
     """
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
