@@ -25,7 +25,7 @@ from h_net_dynamic_chunking.ops.grid import ChunkGrid, grid_ahead
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.ops.plain import is_plain, parameter_of
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
-from h_net_dynamic_chunking.ops.shared_linear import routed
+from h_net_dynamic_chunking.ops.routing import routed
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
 from h_net_dynamic_chunking.outputs import Outputs, hidden_states
 from h_net_dynamic_chunking.pooling import Pool, pool_groups
@@ -41,6 +41,8 @@ class PendingRoute(NamedTuple):
     probs: Tensor
     """float32 (total,)."""
     pending: PendingSegmentation
+    losses: tuple[Tensor, Tensor] | None
+    """The ratio loss, before and after its weight. None unless asked for and pooled."""
 
 
 class DynamicSequenceChunker(nn.Module):
@@ -259,11 +261,14 @@ class DynamicSequenceChunker(nn.Module):
         self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None = None
     ) -> tuple[Outputs, Intermediates]:
         """`forward` for tokens whose layout is known already, as it is inside an HNet."""
-        packed, _, probs, pending = self.route(tokens, layout, boundary_mask)
+        packed, _, probs, pending, losses = self.route(
+            tokens, layout, boundary_mask, with_loss=True
+        )
         # Queued while the number of chunks is on its way to the host.
         grid = self._grid_ahead(packed, pending) if layout.padded else None
         ahead = None if grid is not None else self.select_ahead(packed, pending)
-        loss, weighted_loss = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
+        if losses is None:
+            losses = self._ratio_loss(pending.wanted, probs, layout.cu_seqlens)
         segmentation = pending.finish()
         in_grid = None if grid is None else grid.finish(packed, segmentation)
         capped, given = self.max_chunks is not None, boundary_mask is not None
@@ -274,12 +279,12 @@ class DynamicSequenceChunker(nn.Module):
             chunks = self.downsample(packed, probs, segmentation, layout.cu_seqlens, ahead)
             chunk_layout = layout_of_chunks(segmentation, layout, capped)
             downsampled = chunk_layout.unpack(chunks)
-        record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, loss, given)
+        record = Intermediates(tokens, layout, chunk_layout, segmentation, probs, losses[0], given)
 
         def upsample(inner: Any, apply_scale: bool = True) -> Tensor:
             return self._upsample(inner, record, apply_scale)
 
-        return Outputs(downsampled, upsample, weighted_loss), record
+        return Outputs(downsampled, upsample, losses[1]), record
 
     def route(
         self,
@@ -288,28 +293,34 @@ class DynamicSequenceChunker(nn.Module):
         boundary_mask: Tensor | None = None,
         *,
         with_keys: bool = False,
+        with_loss: bool = False,
     ) -> PendingRoute:
         """The probability of a boundary at each token, eq. (4), and where to cut.
 
         `with_keys` has the queries and keys returned, too, which otherwise may stay inside one node
-        of autograd.
+        of autograd; so may the ratio loss, `with_loss`.
         """
         router = self.to_queries_keys  # once: a module finds its parts in Python, in 0.5 us
         self._check(tokens, boundary_mask, layout, parameter_of(router).dtype)
-        packed, start_keys, queries_keys = layout.pack(tokens), None, None
+        packed, start_keys = layout.pack(tokens), None
         if self.start_key is not None:
             start_keys = self.start_key.expand(layout.batch, -1)
+
+        def cut(probs: Tensor) -> PendingSegmentation:
+            limits = layout.cu_seqlens, self.max_chunks
+            if boundary_mask is None:
+                return begin_segment_above(self.boundary_threshold, probs, *limits)
+            return begin_segment(layout.pack(boundary_mask), *limits)
+
         if self.pool == "select" and not with_keys:
-            probs, packed = routed(packed, router, layout.cu_seqlens, start_keys)
-        else:
-            queries_keys = router(packed)
-            probs = boundary_probability_of_pairs(queries_keys, layout.cu_seqlens, start_keys)
-        limits = layout.cu_seqlens, self.max_chunks
-        if boundary_mask is None:
-            pending = begin_segment_above(self.boundary_threshold, probs, *limits)
-        else:
-            pending = begin_segment(layout.pack(boundary_mask), *limits)
-        return PendingRoute(packed, queries_keys, probs, pending)
+            ratio = self._pooled_ratio() if with_loss else None
+            probs, packed, pending, losses = routed(
+                packed, router, layout.cu_seqlens, cut, start_keys, ratio
+            )
+            return PendingRoute(packed, None, probs, pending, losses)
+        queries_keys = router(packed)
+        probs = boundary_probability_of_pairs(queries_keys, layout.cu_seqlens, start_keys)
+        return PendingRoute(packed, queries_keys, probs, cut(probs), None)
 
     def _check(
         self, tokens: Tensor, boundary_mask: Tensor | None, layout: Layout, dtype: torch.dtype
@@ -382,13 +393,20 @@ class DynamicSequenceChunker(nn.Module):
             chunks = chunks + embedded.where(lengths > 0, 0)
         return chunks
 
+    def _pooled_ratio(self) -> tuple[float, float] | None:
+        """N and the weight of a ratio loss that is one operation; None if it is more than that."""
+        if self.ratio_loss_per_sequence or self.straight_through_frac_vecs:
+            return None
+        return float(self.target_avg_token_length), float(self.ratio_loss_weight)
+
     def _ratio_loss(
         self, wanted: Tensor, probs: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss, before and after its weight."""
+        pooled = self._pooled_ratio()
+        if pooled is not None:
+            return pooled_ratio_loss(wanted, probs, cu_seqlens, *pooled)
         n, weight = self.target_avg_token_length, self.ratio_loss_weight
-        if not self.ratio_loss_per_sequence and not self.straight_through_frac_vecs:
-            return pooled_ratio_loss(wanted, probs, cu_seqlens, n, weight)
         soft = None
         if self.straight_through_frac_vecs:
             soft = (probs - self.boundary_threshold).sigmoid()

@@ -167,7 +167,7 @@ def _start(
     given: Tensor | None,
 ) -> NewChunks:
     """`open_chunks` where all rows begin."""
-    packed, queries_keys, probs, pending = chunker.route(x, layout, given, with_keys=True)
+    packed, queries_keys, probs, pending, _ = chunker.route(x, layout, given, with_keys=True)
     assert queries_keys is not None
     ahead = chunker.select_ahead(packed, pending)
     _remember_keys(queries_keys.chunk(2, dim=-1)[1], layout, cache)

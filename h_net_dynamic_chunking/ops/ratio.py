@@ -75,16 +75,19 @@ def _ratio_loss_backward(
     probs: Tensor,
     cu_seqlens: Tensor,
     weight: float,
+    grad_probs: Tensor | None = None,
 ) -> Tensor:
+    """The gradient of the probabilities, with what they have from elsewhere, `grad_probs`."""
     if uses_triton(probs):
         from h_net_dynamic_chunking.ops._triton.ratio import ratio_loss_bwd
 
-        return ratio_loss_bwd(grad, grad_weighted, slope, probs, cu_seqlens, weight)
+        return ratio_loss_bwd(grad, grad_weighted, slope, probs, cu_seqlens, weight, grad_probs)
     live = in_some_sequence(cu_seqlens, probs.shape[0])
     both = torch.zeros_like(slope) if grad is None else grad
     if grad_weighted is not None:
         both = both + weight * grad_weighted
-    return (both * slope).where(live, 0.0).to(probs.dtype)
+    of_loss = (both * slope).where(live, 0.0).to(probs.dtype)
+    return of_loss if grad_probs is None else of_loss + grad_probs
 
 
 @_ratio_loss_backward.register_fake
@@ -95,6 +98,7 @@ def _(
     probs: Tensor,
     cu_seqlens: Tensor,
     weight: float,
+    grad_probs: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(probs)
 

@@ -2,9 +2,6 @@
 
 The gradient of such an input is a sum. As a layer and a second use, autograd writes both terms and
 then their sum; here the product of the backward pass is added to the other term where that lies.
-
-The router's boundary probability is in the same node of autograd: to the host each node costs more
-than a launch, in both directions.
 """
 
 from typing import Any
@@ -12,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend
-from h_net_dynamic_chunking.ops.boundary import (
-    _boundary_probability,
-    _boundary_probability_backward,
-    boundary_probability_of_pairs,
-)
 from h_net_dynamic_chunking.ops.plain import product_weight
 from h_net_dynamic_chunking.ops.registration import apply_of, is_watched
 
 
 def shared_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """`linear(x)` for x (total, in), and x for whatever else uses it."""
-    weight = _tracked_weight(x, linear)
+    weight = tracked_weight(x, linear)
     if weight is None:
         return linear(x), x
     y: Tensor
@@ -32,20 +23,7 @@ def shared_linear(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return y, x
 
 
-def routed(
-    x: Tensor, linear: nn.Linear, cu_seqlens: Tensor, start_key: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`boundary_probability_of_pairs(linear(x), ...)`, and x for whatever else uses it."""
-    weight = None if start_key is not None else _tracked_weight(x, linear)
-    if weight is None:
-        queries_keys, x = shared_linear(x, linear)
-        return boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key), x
-    p: Tensor
-    p, x = _apply_routed(x, weight, cu_seqlens)
-    return p, x
-
-
-def _tracked_weight(x: Tensor, linear: nn.Linear) -> Tensor | None:
+def tracked_weight(x: Tensor, linear: nn.Linear) -> Tensor | None:
     """The weight in the dtype of x, if x takes a gradient and the layer is a product, no more."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return None
@@ -66,40 +44,13 @@ class _SharedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         if grad_y is None:
             return grad_x, None
-        return _gradients(ctx, grad_y, grad_x, *ctx.saved_tensors)
+        return gradients(ctx, grad_y, grad_x, *ctx.saved_tensors)
 
 
 _apply_shared = apply_of(_SharedLinear)
 
 
-class _Routed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        queries_keys = torch.nn.functional.linear(x, weight)
-        ctx.save_for_backward(x, weight, queries_keys, cu_seqlens)
-        ctx.set_materialize_grads(False)
-        ctx.backend = chosen_backend()
-        return _boundary_probability(queries_keys, cu_seqlens), x.view_as(x)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_p: Tensor | None, grad_x: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        if grad_p is None:
-            return grad_x, None, None
-        x, weight, queries_keys, cu_seqlens = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # What was saved is a constant to autograd, which has to see what is refused here.
-            queries_keys = torch.mm(x, weight.t())
-        with use_backend(ctx.backend):
-            grad_y = _boundary_probability_backward(grad_p, queries_keys, cu_seqlens)
-        return *_gradients(ctx, grad_y, grad_x, x, weight), None
-
-
-_apply_routed = apply_of(_Routed)
-
-
-def _gradients(
+def gradients(
     ctx: Any, grad_y: Tensor, grad_x: Tensor | None, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Of x, what the other use of it has sent included, and of the weight."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from h_net_dynamic_chunking.ops import boundary_probability_of_pairs, gather_rows, use_backend
-from h_net_dynamic_chunking.ops.shared_linear import routed, shared_linear
-from tests.support import DEVICES, cumulative, randn
+from h_net_dynamic_chunking.ops import gather_rows
+from h_net_dynamic_chunking.ops.shared_linear import shared_linear
+from tests.support import DEVICES, randn
 
 
 def with_a_gather(shared: bool, linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,49 +42,6 @@ def test_gradients(used: tuple[int, ...], device: str) -> None:
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("has_start_keys", [False, True])
-def test_routed(used: tuple[int, ...], has_start_keys: bool, device: str) -> None:
-    """As the layer and the probability by themselves, whichever of the two results is used."""
-    linear, x = layer(device)
-    cu_seqlens = cumulative([2, 0, 1], device)
-    start_keys = randn(3, 3, device=device) if has_start_keys else None
-    gradients = []
-    for together in (True, False):
-        if together:
-            p, same = routed(x, linear, cu_seqlens, start_keys)
-        else:
-            p, same = boundary_probability_of_pairs(linear(x), cu_seqlens, start_keys), x
-        loss = sum((output.sin()).sum() for output in [(p, same)[i] for i in used])
-        assert isinstance(loss, Tensor)
-        for _ in range(2):  # the second time over the same graph
-            got = torch.autograd.grad(
-                loss, (x, linear.weight), retain_graph=True, allow_unused=True
-            )
-        gradients.append((p.detach(), *got))
-    for got, want in zip(*gradients, strict=True):
-        assert (got is None) == (want is None)
-        if got is not None:
-            torch.testing.assert_close(got, want)
-
-
-def test_routed_backward_runs_where_its_forward_did() -> None:
-    linear, x = layer()
-    with use_backend("torch"):
-        p, _ = routed(x, linear, cumulative([3]))
-    with use_backend("triton"):  # which takes no float64, and would raise
-        torch.autograd.grad(p.sum(), x)
-
-
-def test_routed_refuses_a_second_derivative() -> None:
-    linear, x = layer()
-    p, _ = routed(x, linear, cumulative([3]))
-    (first,) = torch.autograd.grad(p.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="boundary_probability_backward has no derivative"):
-        torch.autograd.grad(first.sum(), x)
 
 
 def test_gradcheck_and_second_derivative() -> None:

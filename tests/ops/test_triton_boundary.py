@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from h_net_dynamic_chunking.ops import boundary_probability_of_pairs, reference, use_backend
-from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
+from h_net_dynamic_chunking.ops.ratio import (
+    _ratio_loss,
+    _ratio_loss_backward,
+    pooled_ratio_loss,
+)
 from tests.ops.triton_cases import DEVICE, LENS, assert_kernels_agree
 from tests.ops.triton_cases import poisoned_memory as poisoned_memory
 from tests.support import assert_close, boundaries, cumulative, probabilities, randn
@@ -83,3 +87,20 @@ def test_ratio_loss(lens: list[int]) -> None:
         assert_kernels_agree(
             lambda p, i=part: pooled_ratio_loss(mask, p, cu_seqlens, 6.0, 0.5)[i], p
         )
+
+
+def test_ratio_loss_adds_to_the_gradient_of_others() -> None:
+    """In the tail too, where it has nothing to add."""
+    lens = [5, 0, 2000]
+    mask, p = boundaries(2008).to(DEVICE), probabilities(2008).detach().float()
+    cu_seqlens, others = cumulative(lens, DEVICE), randn(2008, device=DEVICE).detach().float()
+    one, results = torch.ones((), device=DEVICE), []
+    for backend in ("torch", "triton"):
+        with use_backend(backend):  # type: ignore[arg-type]  # of a loop
+            _, _, slope = _ratio_loss(mask, p, cu_seqlens, 6.0, 0.5)
+            arguments = one, one, slope, p, cu_seqlens, 0.5
+            alone = _ratio_loss_backward(*arguments)
+            both = _ratio_loss_backward(*arguments, others)
+        torch.testing.assert_close(both, alone + others)
+        results.append(both)
+    torch.testing.assert_close(*results)

@@ -47,6 +47,7 @@ def ratio_grad_kernel(
     grad,
     grad_weighted,
     slope,
+    other,
     cu,
     grad_p,
     T,
@@ -54,6 +55,7 @@ def ratio_grad_kernel(
     alpha,
     HAS_GRAD: tl.constexpr,
     HAS_WEIGHTED: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     o_t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -63,8 +65,10 @@ def ratio_grad_kernel(
         value += tl.load(grad).to(tl.float32)
     if HAS_WEIGHTED:
         value += alpha * tl.load(grad_weighted).to(tl.float32)
-    b_grad = tl.where(m_live, value * tl.load(slope), 0.0).to(grad_p.dtype.element_ty)
-    tl.store(grad_p + o_t, b_grad, mask=o_t < T)
+    b_grad = tl.where(m_live, value * tl.load(slope), 0.0)
+    if HAS_OTHER:
+        b_grad += tl.load(other + o_t, mask=o_t < T, other=0).to(tl.float32)
+    tl.store(grad_p + o_t, b_grad.to(grad_p.dtype.element_ty), mask=o_t < T)
 
 
 def ratio_loss_fwd(
@@ -125,8 +129,10 @@ def ratio_loss_bwd(
     probs: Tensor,
     cu_seqlens: Tensor,
     weight: float,
+    grad_probs: Tensor | None,
 ) -> Tensor:
-    """The gradient of the probabilities: one value at every position of a sequence."""
+    """The gradient of the probabilities: one value at every position of a sequence, added to what
+    they have from elsewhere."""
     total = probs.shape[0]
     grad_p = torch.empty_like(probs, memory_format=torch.contiguous_format)
     launch(
@@ -136,6 +142,7 @@ def ratio_loss_bwd(
             "grad": slope if grad is None else grad,
             "grad_weighted": slope if grad_weighted is None else grad_weighted,
             "slope": slope,
+            "other": slope if grad_probs is None else grad_probs.contiguous(),
             "cu": cu_seqlens.contiguous(),
             "grad_p": grad_p,
             "T": total,
@@ -145,6 +152,7 @@ def ratio_loss_bwd(
         {
             "HAS_GRAD": grad is not None,
             "HAS_WEIGHTED": grad_weighted is not None,
+            "HAS_OTHER": grad_probs is not None,
             "BLOCK": _BLOCK,
         },
         num_warps=8,

@@ -1,0 +1,116 @@
+"""From tokens to boundaries in one node of autograd: projection, probability, cut and ratio loss.
+
+To the host a node costs more than a launch, in both directions, and the probabilities have two
+gradients, which autograd would add up between nodes: the one that comes by itself, and that of the
+ratio loss.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend
+from h_net_dynamic_chunking.ops.boundary import (
+    _boundary_probability,
+    _boundary_probability_backward,
+    boundary_probability_of_pairs,
+)
+from h_net_dynamic_chunking.ops.compaction import PendingSegmentation
+from h_net_dynamic_chunking.ops.ratio import _ratio_loss, _ratio_loss_backward, pooled_ratio_loss
+from h_net_dynamic_chunking.ops.registration import apply_of
+from h_net_dynamic_chunking.ops.shared_linear import gradients, shared_linear, tracked_weight
+
+
+class Routed(NamedTuple):
+    """Where tokens are cut."""
+
+    probs: Tensor
+    """float32 (float64 for float64) (total,)."""
+    tokens: Tensor
+    """(total, dim): x, for whatever else uses it."""
+    pending: PendingSegmentation
+    losses: tuple[Tensor, Tensor] | None
+    """The ratio loss, and that times its weight; None unless asked for."""
+
+
+def routed(
+    x: Tensor,
+    linear: nn.Linear,
+    cu_seqlens: Tensor,
+    cut: Callable[[Tensor], PendingSegmentation],
+    start_key: Tensor | None = None,
+    ratio: tuple[float, float] | None = None,
+) -> Routed:
+    """`boundary_probability_of_pairs(linear(x), ...)`, what `cut` makes of it, and the loss.
+
+    Args:
+        x: (total, in); packed.
+        linear: makes queries and keys, side by side.
+        cu_seqlens: as everywhere.
+        cut: Where there are boundaries; must not record gradients.
+        start_key: As for `boundary_probability_of_pairs`.
+        ratio: N of the ratio loss, and its weight.
+    """
+    weight = None if start_key is not None else tracked_weight(x, linear)
+    if weight is not None:
+        # A function of autograd takes and returns tensors, and what else it makes by a list.
+        made: list[PendingSegmentation] = []
+        p, x, loss, weighted = _apply_routed(x, weight, cu_seqlens, cut, ratio, made)
+        return Routed(p, x, made[0], None if ratio is None else (loss, weighted))
+    queries_keys, x = shared_linear(x, linear)
+    p = boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key)
+    pending = cut(p)
+    losses = None if ratio is None else pooled_ratio_loss(pending.wanted, p, cu_seqlens, *ratio)
+    return Routed(p, x, pending, losses)
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        cu_seqlens: Tensor,
+        cut: Callable[[Tensor], PendingSegmentation],
+        ratio: tuple[float, float] | None,
+        made: list[PendingSegmentation],
+    ) -> tuple[Tensor | None, ...]:
+        queries_keys = torch.nn.functional.linear(x, weight)
+        p = _boundary_probability(queries_keys, cu_seqlens)
+        pending = cut(p)
+        made.append(pending)
+        loss = weighted = slope = None
+        if ratio is not None:
+            loss, weighted, slope = _ratio_loss(pending.wanted, p, cu_seqlens, *ratio)
+            ctx.loss_weight = ratio[1]
+        ctx.save_for_backward(x, weight, queries_keys, cu_seqlens, p, slope)
+        ctx.set_materialize_grads(False)
+        ctx.backend = chosen_backend()
+        return p, x.view_as(x), loss, weighted
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_p: Tensor | None,
+        grad_x: Tensor | None,
+        grad_loss: Tensor | None,
+        grad_weighted: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, queries_keys, cu_seqlens, p, slope = ctx.saved_tensors
+        with use_backend(ctx.backend):
+            if grad_loss is not None or grad_weighted is not None:
+                grad_p = _ratio_loss_backward(
+                    grad_loss, grad_weighted, slope, p, cu_seqlens, ctx.loss_weight, grad_p
+                )
+            if grad_p is None:
+                return grad_x, *[None] * 5
+            if torch.is_grad_enabled():
+                # What was saved is a constant to autograd, which has to see what is refused here.
+                queries_keys = torch.mm(x, weight.t())
+            grad_y = _boundary_probability_backward(grad_p, queries_keys, cu_seqlens)
+        return *gradients(ctx, grad_y, grad_x, x, weight), *[None] * 4
+
+
+_apply_routed = apply_of(_Routed)
