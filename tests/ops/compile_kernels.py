@@ -173,7 +173,8 @@ def call_launchers() -> None:
     for count in (None, s.cu_chunks):
         gather.gather(x, s.boundary_positions, count)
     ratio.ratio_loss_fwd(mask, p, cu_seqlens, 6.0, 0.03)
-    ratio.ratio_loss_bwd(p.sum(), p.sum(), p.sum(), p, cu_seqlens, 0.03)
+    for others in (None, p):
+        ratio.ratio_loss_bwd(p.sum(), p.sum(), p.sum(), p, cu_seqlens, 0.03, others)
     walked = s.chunk_of_position, s.boundary_positions
     places.padded_places(cu_seqlens, 60, total)
     places.places_of_chunks(s.cu_chunks, s.boundary_positions, s.cu_chunks, total)
