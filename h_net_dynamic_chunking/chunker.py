@@ -42,7 +42,7 @@ class PendingRoute(NamedTuple):
     """float32 (total,)."""
     pending: PendingSegmentation
     losses: tuple[Tensor, Tensor] | None
-    """The ratio loss, before and after its weight. None unless asked for and pooled."""
+    """The ratio loss, before and after its weight; None where it is yet to be computed."""
 
 
 class DynamicSequenceChunker(nn.Module):
@@ -254,15 +254,24 @@ class DynamicSequenceChunker(nn.Module):
             segmentation = self.route(tokens, layout, boundary_mask).pending.finish()
             chunk_layout = layout_of_chunks(segmentation, layout, self.max_chunks is not None)
             return chunk_layout.unpack(segmentation.sum_over_chunks())
-        outputs, record = self.run(tokens, layout, boundary_mask)
+        outputs, record = self.run(tokens, layout, boundary_mask, shows_probs=return_intermediates)
         return (outputs, record) if return_intermediates else outputs
 
     def run(
-        self, tokens: Tensor, layout: Layout, boundary_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        boundary_mask: Tensor | None = None,
+        *,
+        shows_probs: bool = True,
     ) -> tuple[Outputs, Intermediates]:
-        """`forward` for tokens whose layout is known already, as it is inside an HNet."""
+        """`forward` for tokens whose layout is known already, as it is inside an HNet.
+
+        Unless the caller `shows_probs`, which somebody may then want the gradient of, the ratio
+        loss need not depend on those of the record, which asks less of the host.
+        """
         packed, _, probs, pending, losses = self.route(
-            tokens, layout, boundary_mask, with_loss=True
+            tokens, layout, boundary_mask, with_loss=not shows_probs
         )
         # Queued while the number of chunks is on its way to the host.
         grid = self._grid_ahead(packed, pending) if layout.padded else None

@@ -8,8 +8,9 @@ import logging
 import os
 from contextvars import ContextVar, Token
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -126,6 +127,15 @@ def uses_triton(x: Tensor, *, moves_only: bool = False, unfit: str | None = None
     if x.is_cuda:
         _log_once(reason)
     return False
+
+
+@cache
+def kernels(name: str) -> Any:
+    """The module of `ops._triton` of that name.
+
+    An import statement takes the host 1 us at each call; at the top it would want Triton.
+    """
+    return import_module(f"h_net_dynamic_chunking.ops._triton.{name}")
 
 
 @cache

@@ -16,14 +16,12 @@ dropped, first come first served, so that the choice stays causal.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
+from h_net_dynamic_chunking.ops.backend import chosen_backend, kernels, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import (
     check_cu_seqlens,
     check_packed,
@@ -124,7 +122,8 @@ class PendingSegmentation:
         """
         if not self.runs_ahead(x):
             return None
-        return _gather()(x, self.positions, self.sizes, room)
+        rows: Tensor = kernels("gather").gather(x, self.positions, self.sizes, room)
+        return rows
 
     def runs_ahead(self, x: Tensor) -> bool:
         """Whether kernels move rows of x before the host knows how many chunks there are."""
@@ -378,18 +377,11 @@ def _moves_on_triton(x: Tensor) -> bool:
     return x.element_size() <= 8 and uses_triton(x, moves_only=True)
 
 
-@cache
-def _gather() -> Callable[..., Tensor]:
-    """The kernel's launcher. To import it at each call takes 1 us, while a GPU waits."""
-    from h_net_dynamic_chunking.ops._triton.gather import gather
-
-    return gather
-
-
 @operation("gather_rows")
 def _gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     if _moves_on_triton(x):
-        return _gather()(x, index)
+        rows: Tensor = kernels("gather").gather(x, index)
+        return rows
     return gather_or_zero(x, index)
 
 

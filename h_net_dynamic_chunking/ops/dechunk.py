@@ -18,14 +18,12 @@ projection is in here because its backward pass wants the gradient as it comes: 
 operations, autograd would widen it to the float32 of what is added.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend
+from h_net_dynamic_chunking.ops.backend import chosen_backend, kernels, use_backend
 from h_net_dynamic_chunking.ops.compaction import Segmentation
 from h_net_dynamic_chunking.ops.ema import _ema, _ema_backward
 from h_net_dynamic_chunking.ops.expansion import _expand, _expand_backward, runs_on_triton
@@ -126,14 +124,6 @@ def _check_residual(
             )
 
 
-@cache
-def _dechunk_fwd() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The kernel's launcher. To import it at each call takes 1 us, while a GPU waits."""
-    from h_net_dynamic_chunking.ops._triton.dechunk_forward import dechunk_fwd
-
-    return dechunk_fwd
-
-
 def _gates(probs: Tensor, positions: Tensor, clamp: float | None) -> Tensor:
     """P of each chunk: (chunks,)."""
     gates = gather_or_zero(probs[:, None], positions)[:, 0]
@@ -163,7 +153,7 @@ def _dechunk(
     if runs_on_triton(z, residual, probs.shape[0]):
         if residual is not None and weight is not None:
             residual = product(residual, weight, rounded_to=dtype)
-        return _dechunk_fwd()(
+        results: tuple[Tensor, Tensor] = kernels("dechunk_forward").dechunk_fwd(
             z,
             probs,
             chunk_of_position,
@@ -177,6 +167,7 @@ def _dechunk(
             keep_smoothed=keep_smoothed,
             short_memory=short_memory,
         )
+        return results
     gates = _gates(probs, positions, clamp)
     smoothed = _ema(z, gates, cu_chunks, None, weigh_input)
     if residual is not None and weight is not None:
@@ -227,9 +218,7 @@ def _dechunk_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and, in float32 (float64 for float64), of the probabilities."""
     if runs_on_triton(z, None, probs.shape[0]):
-        from h_net_dynamic_chunking.ops._triton.dechunk_backward import dechunk_bwd
-
-        return dechunk_bwd(
+        gradients: tuple[Tensor, Tensor] = kernels("dechunk_backward").dechunk_bwd(
             grad,
             z,
             smoothed,
@@ -241,6 +230,7 @@ def _dechunk_backward(
             clamp=clamp,
             straight_through=straight_through,
         )
+        return gradients
     grad_smoothed, grad_confidence = _expand_backward(grad, smoothed, chunk_of_position)
     gates = _gates(probs, positions, clamp)
     grad_z, grad_gates, _ = _ema_backward(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend
+from h_net_dynamic_chunking.ops.backend import chosen_backend, kernels, use_backend
 from h_net_dynamic_chunking.ops.compaction import (
     PendingSegmentation,
     Segmentation,
@@ -59,13 +59,10 @@ def grid_ahead(x: Tensor, pending: PendingSegmentation, room: int) -> ChunkGrid 
     """
     if not pending.runs_ahead(x):
         return None
-    from h_net_dynamic_chunking.ops._triton.gather import gather
-    from h_net_dynamic_chunking.ops._triton.places import places_of_chunks
-
-    places, inverse, opens, count = places_of_chunks(
+    places, inverse, opens, count = kernels("places").places_of_chunks(
         pending.cu_chunks, pending.positions, pending.sizes, room
     )
-    return ChunkGrid(gather(x, opens, count), places, inverse)
+    return ChunkGrid(kernels("gather").gather(x, opens, count), places, inverse)
 
 
 class _GridAhead(torch.autograd.Function):

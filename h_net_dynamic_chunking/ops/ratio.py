@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h_net_dynamic_chunking.ops.backend import chosen_backend, use_backend, uses_triton
+from h_net_dynamic_chunking.ops.backend import chosen_backend, kernels, use_backend, uses_triton
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype, in_some_sequence
 from h_net_dynamic_chunking.ops.registration import operation
 
@@ -46,9 +46,10 @@ def _ratio_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, weighted loss, and the derivative of the loss by the probability of any position."""
     if uses_triton(probs):
-        from h_net_dynamic_chunking.ops._triton.ratio import ratio_loss_fwd
-
-        return ratio_loss_fwd(boundary_mask, probs, cu_seqlens, target_ratio, weight)
+        results: tuple[Tensor, Tensor, Tensor] = kernels("ratio").ratio_loss_fwd(
+            boundary_mask, probs, cu_seqlens, target_ratio, weight
+        )
+        return results
     n, live = target_ratio, in_some_sequence(cu_seqlens, probs.shape[0])
     dtype = accumulation_dtype(probs.dtype)
     count = live.sum()
@@ -79,9 +80,10 @@ def _ratio_loss_backward(
 ) -> Tensor:
     """The gradient of the probabilities, with what they have from elsewhere, `grad_probs`."""
     if uses_triton(probs):
-        from h_net_dynamic_chunking.ops._triton.ratio import ratio_loss_bwd
-
-        return ratio_loss_bwd(grad, grad_weighted, slope, probs, cu_seqlens, weight, grad_probs)
+        gradient: Tensor = kernels("ratio").ratio_loss_bwd(
+            grad, grad_weighted, slope, probs, cu_seqlens, weight, grad_probs
+        )
+        return gradient
     live = in_some_sequence(cu_seqlens, probs.shape[0])
     both = torch.zeros_like(slope) if grad is None else grad
     if grad_weighted is not None:

@@ -1,8 +1,9 @@
 """From tokens to boundaries in one node of autograd: projection, probability, cut and ratio loss.
 
-To the host a node costs more than a launch, in both directions, and the probabilities have two
-gradients, which autograd would add up between nodes: the one that comes by itself, and that of the
-ratio loss.
+To the host a node costs more than a launch, in both directions. The probabilities have two
+gradients, from the loss and from their other uses; between nodes, autograd would add them up in a
+kernel of its own. As the loss comes out beside the probabilities, and not of them, it is for
+callers that keep the probabilities to themselves.
 """
 
 from collections.abc import Callable
@@ -20,10 +21,14 @@ from h_net_dynamic_chunking.ops.boundary import (
 from h_net_dynamic_chunking.ops.compaction import PendingSegmentation
 from h_net_dynamic_chunking.ops.ratio import _ratio_loss, _ratio_loss_backward, pooled_ratio_loss
 from h_net_dynamic_chunking.ops.registration import apply_of
-from h_net_dynamic_chunking.ops.shared_linear import gradients, shared_linear, tracked_weight
+from h_net_dynamic_chunking.ops.shared_linear import (
+    gradients_of_shared,
+    shared_linear,
+    tracked_weight,
+)
 
 
-class Routed(NamedTuple):
+class Routing(NamedTuple):
     """Where tokens are cut."""
 
     probs: Tensor
@@ -42,7 +47,7 @@ def routed(
     cut: Callable[[Tensor], PendingSegmentation],
     start_key: Tensor | None = None,
     ratio: tuple[float, float] | None = None,
-) -> Routed:
+) -> Routing:
     """`boundary_probability_of_pairs(linear(x), ...)`, what `cut` makes of it, and the loss.
 
     Args:
@@ -58,12 +63,12 @@ def routed(
         # A function of autograd takes and returns tensors, and what else it makes by a list.
         made: list[PendingSegmentation] = []
         p, x, loss, weighted = _apply_routed(x, weight, cu_seqlens, cut, ratio, made)
-        return Routed(p, x, made[0], None if ratio is None else (loss, weighted))
+        return Routing(p, x, made[0], None if ratio is None else (loss, weighted))
     queries_keys, x = shared_linear(x, linear)
     p = boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key)
     pending = cut(p)
     losses = None if ratio is None else pooled_ratio_loss(pending.wanted, p, cu_seqlens, *ratio)
-    return Routed(p, x, pending, losses)
+    return Routing(p, x, pending, losses)
 
 
 class _Routed(torch.autograd.Function):
@@ -85,7 +90,9 @@ class _Routed(torch.autograd.Function):
         if ratio is not None:
             loss, weighted, slope = _ratio_loss(pending.wanted, p, cu_seqlens, *ratio)
             ctx.loss_weight = ratio[1]
-        ctx.save_for_backward(x, weight, queries_keys, cu_seqlens, p, slope)
+        ctx.save_for_backward(
+            x, weight, queries_keys, cu_seqlens, None if slope is None else p, slope
+        )
         ctx.set_materialize_grads(False)
         ctx.backend = chosen_backend()
         return p, x.view_as(x), loss, weighted
@@ -110,7 +117,7 @@ class _Routed(torch.autograd.Function):
                 # What was saved is a constant to autograd, which has to see what is refused here.
                 queries_keys = torch.mm(x, weight.t())
             grad_y = _boundary_probability_backward(grad_p, queries_keys, cu_seqlens)
-        return *gradients(ctx, grad_y, grad_x, x, weight), *[None] * 4
+        return *gradients_of_shared(ctx, grad_y, grad_x, x, weight), *[None] * 4
 
 
 _apply_routed = apply_of(_Routed)

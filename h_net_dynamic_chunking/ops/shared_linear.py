@@ -44,13 +44,13 @@ class _SharedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:
         if grad_y is None:
             return grad_x, None
-        return gradients(ctx, grad_y, grad_x, *ctx.saved_tensors)
+        return gradients_of_shared(ctx, grad_y, grad_x, *ctx.saved_tensors)
 
 
 _apply_shared = apply_of(_SharedLinear)
 
 
-def gradients(
+def gradients_of_shared(
     ctx: Any, grad_y: Tensor, grad_x: Tensor | None, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Of x, what the other use of it has sent included, and of the weight."""

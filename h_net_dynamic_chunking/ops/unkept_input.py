@@ -26,5 +26,7 @@ def weight_to_take(linear: nn.Linear, a: Tensor) -> Tensor | None:
         return None
     if not torch.compiler.is_compiling() and is_watched():
         return None
-    weight = product_weight(linear, a)
-    return weight if weight is not None and weight.requires_grad else None
+    # A layer that somebody has changed may have anything there, or nothing.
+    if not getattr(getattr(linear, "weight", None), "requires_grad", False):
+        return None
+    return product_weight(linear, a)

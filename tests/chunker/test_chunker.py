@@ -389,6 +389,28 @@ class TestPublishedOptions:
         (up2,) = torch.autograd.grad(upsample2(z).sum(), z)
         assert_close("up", up2, 0.5 * up)
 
+    @pytest.mark.parametrize("weight", [0.0, 0.5])
+    def test_probabilities_that_are_shown_have_the_gradient_of_the_loss(
+        self, weight: float
+    ) -> None:
+        """The same as where nobody sees them, by way of the tokens."""
+        chunker, x = make(ratio_loss_weight=weight), randn(2, 9, DIM)
+        found = []
+        for shown in (True, False):
+            outputs = chunker(x, return_intermediates=shown)
+            if shown:
+                outputs, seen = outputs
+            chunks, upsample, loss = outputs
+            everything = upsample(chunks.sin()).cos().sum() + loss
+            found.append(
+                torch.autograd.grad(everything, (x, *chunker.parameters()), retain_graph=True)
+            )
+            if shown:
+                (of_loss,) = torch.autograd.grad(loss, seen.packed_probs)
+                assert bool(of_loss.any()) == (weight > 0)
+        for got, want in zip(*found, strict=True):
+            assert_close("gradient", got, want, 1e-12)
+
     def test_straight_through_fraction(self) -> None:
         x = randn(1, 9, DIM)
         plain, soft = make()(x), make(straight_through_frac_vecs=True)

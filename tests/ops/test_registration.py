@@ -23,6 +23,7 @@ from h_net_dynamic_chunking.ops.causal_conv import causal_conv
 from h_net_dynamic_chunking.ops.cross_entropy import summed_cross_entropy
 from h_net_dynamic_chunking.ops.embedding import embedding
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
+from h_net_dynamic_chunking.ops.registration import is_autocast_on
 from h_net_dynamic_chunking.ops.rms_norm import add_rms_norm
 from h_net_dynamic_chunking.ops.rotary import rotary
 from h_net_dynamic_chunking.ops.ssd import ssd
@@ -162,3 +163,10 @@ def test_a_forward_mode_derivative_is_refused_and_never_zero(name: str) -> None:
         torch.func.jvp(run, (one,), (one,))
     with refused:
         torch.func.hessian(run)(one)
+
+
+def test_autocast_of_a_device_that_torch_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS is not among those that torch 2.13.0 looks at when asked for any."""
+    assert not is_autocast_on()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "mps")
+    assert is_autocast_on()

@@ -1,6 +1,7 @@
 """Routing in one node of autograd: the values and gradients of its operations by themselves."""
 
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from h_net_dynamic_chunking.ops import boundary_probability_of_pairs, use_backend
 from h_net_dynamic_chunking.ops.compaction import PendingSegmentation, begin_segment_above
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
-from h_net_dynamic_chunking.ops.routing import Routed, routed
+from h_net_dynamic_chunking.ops.routing import Routing, routed
+from tests.ops.triton_cases import DEVICE
 from tests.support import DEVICES, cumulative, randn
 
 RATIO = 3.0, 0.5
@@ -31,7 +33,7 @@ def together(
     cu_seqlens: Tensor,
     start_keys: Tensor | None = None,
     ratio: tuple[float, float] | None = RATIO,
-) -> Routed:
+) -> Routing:
     return routed(x, linear, cu_seqlens, lambda p: cutting(cu_seqlens, p), start_keys, ratio)
 
 
@@ -85,10 +87,41 @@ def test_backward_runs_where_its_forward_did() -> None:
         torch.autograd.grad(p.sum() + losses[0], x)
 
 
+def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both directions where the forward pass took them, with the results of torch."""
+    pytest.importorskip("triton")
+    from h_net_dynamic_chunking.ops._triton import boundary, ratio
+
+    ran = []
+
+    def watch(module: ModuleType, name: str) -> None:
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: ran.append(name) or run(*given))
+
+    watch(boundary, "boundary_bwd")
+    watch(ratio, "ratio_loss_bwd")
+    linear, x = layer(DEVICE, 9)
+    linear, cu_seqlens = linear.float(), cumulative([5, 0, 3], DEVICE)
+    found = []
+    for backend in ("triton", "torch"):
+        leaf = x.detach().float().requires_grad_()
+        with use_backend(backend):  # type: ignore[arg-type]  # of a loop
+            p, same, _, losses = together(leaf, linear, cu_seqlens)
+        assert losses is not None
+        loss = p.sin().sum() + same.cos().sum() + losses[1]
+        found.append(
+            (p.detach(), losses[1].detach(), *torch.autograd.grad(loss, (leaf, linear.weight)))
+        )
+    assert ran == ["ratio_loss_bwd", "boundary_bwd"]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_second_derivative_is_refused() -> None:
     linear, x = layer()
     p, _, _, losses = together(x, linear, cumulative([3]))
     assert losses is not None
-    (first,) = torch.autograd.grad(p.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="boundary_probability_backward has no derivative"):
-        torch.autograd.grad(first.sum(), x)
+    for output in (p.sum(), losses[0]):
+        (first,) = torch.autograd.grad(output, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="boundary_probability_backward has no derivative"):
+            torch.autograd.grad(first.sum(), x)

@@ -91,9 +91,9 @@ def test_ratio_loss(lens: list[int]) -> None:
 
 def test_ratio_loss_adds_to_the_gradient_of_others() -> None:
     """In the tail too, where it has nothing to add."""
-    lens = [5, 0, 2000]
-    mask, p = boundaries(2008).to(DEVICE), probabilities(2008).detach().float()
-    cu_seqlens, others = cumulative(lens, DEVICE), randn(2008, device=DEVICE).detach().float()
+    lens = [5, 0, 5000]
+    mask, p = boundaries(5008).to(DEVICE), probabilities(5008).detach().float()
+    cu_seqlens, others = cumulative(lens, DEVICE), randn(5008, device=DEVICE).detach().float()
     one, results = torch.ones((), device=DEVICE), []
     for backend in ("torch", "triton"):
         with use_backend(backend):  # type: ignore[arg-type]  # of a loop

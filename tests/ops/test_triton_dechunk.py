@@ -55,6 +55,23 @@ def test_memory_that_reaches_over_many_blocks() -> None:
         )
 
 
+def test_a_short_memory_over_many_blocks() -> None:
+    """Where the walk begins before its block, which must keep nothing of what it finds there."""
+    segmentation = segment(boundaries(200, device=DEVICE), cumulative([200], DEVICE))
+    z = randn(len(segmentation.boundary_positions), 3)
+    p = (probabilities(200).detach() * 0.1 + 0.5).requires_grad_()
+    assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation, short_memory=True), z, p)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_few_sums(parts: int) -> None:
+    """Longer than a program."""
+    from h_net_dynamic_chunking.ops._triton.partial_sums import few_sums
+
+    partial = randn(parts, 700, device=DEVICE).detach().float()
+    torch.testing.assert_close(few_sums(partial), partial.sum(0))
+
+
 def test_wider_than_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from h_net_dynamic_chunking.ops._triton import dechunk_backward, dechunk_forward
 

@@ -200,12 +200,13 @@ def dechunk_bwd_kernel(
     b_s = tl.load(smoothed + i_chunks[ROWS] * D + o_d, mask=m_last, other=0).to(tl.float32)
     rows = _rows(grad, z, smoothed, p, starts, i_chunks, i_t, o_d, m_d, D, WEIGH, SMOOTH, ROWS)
     for _ in range(i_groups):
-        # What the positions before these need is on its way while these are looked at.
-        i_t -= ROWS
+        # What the positions before these need is on its way while these are looked at; the last
+        # time that is of the block before, and for nothing.
+        i_next = i_t - ROWS
         next_rows = _rows(
-            grad, z, smoothed, p, starts, i_nexts, i_t, o_d, m_d, D, WEIGH, SMOOTH, ROWS
+            grad, z, smoothed, p, starts, i_nexts, i_next, o_d, m_d, D, WEIGH, SMOOTH, ROWS
         )
-        i_afters = _chunks(chunk, i_t - ROWS, T, ROWS)
+        i_afters = _chunks(chunk, i_next - ROWS, T, ROWS)
         for k in tl.static_range(ROWS - 1, -1, -1):
             b_g, b_before, b_z, raw, is_start = rows[k]
             i_c = i_chunks[k + 1]
@@ -233,8 +234,8 @@ def dechunk_bwd_kernel(
             dot = tl.sum(b_dot, axis=0)
             if CONFIDENCE == "of decision":
                 dot = tl.where(i_c != i_chunks[k], dot, -dot)
-            tl.store(p_dots + i_t + ROWS + k, dot, mask=i_t + ROWS + k < T)
-        i_chunks, i_nexts, rows = i_nexts, i_afters, next_rows
+            tl.store(p_dots + i_t + k, dot, mask=i_t + k < T)
+        i_t, i_chunks, i_nexts, rows = i_next, i_nexts, i_afters, next_rows
 
 
 def dechunk_bwd(

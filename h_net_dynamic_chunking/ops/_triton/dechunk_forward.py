@@ -28,8 +28,8 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 
 # One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
 _BLOCK_D = 256
-# Programs that each look back for themselves: more than run at once, so that some read while others
-# write. Half as many took 6% longer (H200, benchmarks/RESULTS.md).
+# Programs that are handed nothing: more than run at once, so that some read while others write.
+# Half as many took 6% longer (H200, blocks of 125 for 64 positions, benchmarks/RESULTS.md).
 _PROGRAMS = 4096
 # Positions that are written at a time, and chunks that are loaded at a time.
 _ROWS, _CHUNKS = 4, 8
@@ -39,7 +39,8 @@ _BACK = 32
 
 @triton.jit
 def _known(gate):
-    """The gate, and 0 for NaN: products would carry that over a start. Its own chunk is NaN."""
+    """The gate, and 0 for NaN: products would carry that over a start. Its own chunk is NaN, and
+    those behind it, so that nothing before it matters."""
     return tl.where(gate == gate, gate, 0.0)
 
 
@@ -343,12 +344,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     z = z.contiguous()
     total, dim = chunk.shape[0], z.shape[1]
-    looks_back = short_memory or not smooth
-    walk = divide(z, total, _BLOCK_D, _PROGRAMS if looks_back else PROGRAMS)
+    is_handed_in = smooth and not short_memory
+    walk = divide(z, total, _BLOCK_D, PROGRAMS if is_handed_in else _PROGRAMS)
     tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
-    passed = {"states": p, "through": p} if looks_back else passed_on(walk, z)
+    passed = passed_on(walk, z) if is_handed_in else {"states": p, "through": p}
     numbers = {"T": total, "block": walk.block, **limits(clamp)}
-    if not looks_back:
+    if is_handed_in:
         launch(
             ends_kernel,
             walk.programs,

@@ -27,6 +27,7 @@ def column_sums_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def few_sums_kernel(partial, out, T, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    T = tl.cast(T, tl.int64)
     o_t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for i in tl.static_range(PARTS):

@@ -6,7 +6,8 @@ A program takes a block of positions and a stretch of channels. What it needs of
 comes from a first kernel: the state at the end of each block, as if nothing had been before, and
 how much goes through the block. Both stop looking back where nothing that far away has weight, so
 that with P above a half they read a few chunks; with any other P they read as many as there are,
-and are as exact. Backward is the same in reverse.
+and are as exact. Backward is the same in reverse. Where the memory is said to be short, a program
+of the forward pass walks those few chunks itself.
 
 A number that is not finite spreads to its channel of the chunks behind it in its sequence, as far
 as their gates let through more than `NEGLIGIBLE`, and to nothing else.
@@ -34,8 +35,8 @@ class Walk(NamedTuple):
     """D, BLOCK_D and NEGLIGIBLE, of every kernel."""
 
 
-# At 65536 x 1024 half as many programs leave the GPU idle, and twice as many gain nothing forward
-# and lose 2% backward (H200, benchmarks/RESULTS.md). Narrower channels get more blocks instead.
+# For walks that are handed what comes in. At 65536 x 1024 half as many leave the GPU idle, and
+# twice as many lose 2% backward (H200). Narrower channels get more blocks instead.
 PROGRAMS = 2048
 _SMALLEST_BLOCK = 32
 
@@ -48,7 +49,7 @@ def divide(x: Tensor, total: int, block_d: int, programs: int = PROGRAMS) -> Wal
 @lru_cache
 def _divide(dim: int, dtype: torch.dtype, total: int, block_d: int, programs: int) -> Walk:
     block_d = min(power_of_2(dim), block_d)
-    # From four stretches on the blocks stay as they are, so that wide channels walk no further.
+    # Wider channels than four stretches get more programs, not longer blocks.
     wanted = programs // min(cdiv(dim, block_d), 4)
     block = max(_SMALLEST_BLOCK, power_of_2(cdiv(total, wanted)))
     blocks = cdiv(total, block)
