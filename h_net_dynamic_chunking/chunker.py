@@ -6,6 +6,7 @@ network. Defaults are the paper's; what departs from it is an option that is off
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
@@ -114,32 +115,35 @@ class DynamicSequenceChunker(nn.Module):
             ("max_chunks", 1 if max_chunks is None else max_chunks),
         ):
             _require(type(value) is int and value >= 1, name, "an integer of at least 1", value)
-        _require(0 < boundary_threshold < 1, "boundary_threshold", "in (0, 1)", boundary_threshold)
-        _require(
-            1 < target_avg_token_length < math.inf,
-            "target_avg_token_length",
-            "above 1 and finite",
-            target_avg_token_length,
-        )
-        _require(
-            0 <= ratio_loss_weight < math.inf,
-            "ratio_loss_weight",
-            "at least 0 and finite",
-            ratio_loss_weight,
-        )
         _require(pool in get_args(Pool), "pool", f"one of {get_args(Pool)}", pool)
-        _require(
-            0 < learning_rate_difference < math.inf,
-            "learning_rate_difference",
-            "above 0 and finite",
-            learning_rate_difference,
-        )
-        _require(
-            smoothing_clamp is None or 0 <= smoothing_clamp < 0.5,
-            "smoothing_clamp",
-            "None or in [0, 0.5)",
-            smoothing_clamp,
-        )
+        for name, number, holds, wanted in (
+            ("boundary_threshold", boundary_threshold, lambda x: 0 < x < 1, "in (0, 1)"),
+            (
+                "target_avg_token_length",
+                target_avg_token_length,
+                lambda x: 1 < x < math.inf,
+                "above 1 and finite",
+            ),
+            (
+                "ratio_loss_weight",
+                ratio_loss_weight,
+                lambda x: 0 <= x < math.inf,
+                "at least 0 and finite",
+            ),
+            (
+                "learning_rate_difference",
+                learning_rate_difference,
+                lambda x: 0 < x < math.inf,
+                "above 0 and finite",
+            ),
+            (
+                "smoothing_clamp",
+                0 if smoothing_clamp is None else smoothing_clamp,
+                lambda x: 0 <= x < 0.5,
+                "None or in [0, 0.5)",
+            ),
+        ):
+            _require(isinstance(number, Real) and holds(number), name, wanted, number)
         self.dim = dim
         self.dim_queries_keys = dim_queries_keys
         self.boundary_threshold = boundary_threshold
@@ -512,4 +516,4 @@ def _checked_chunks(z: Tensor, chunk_layout: Layout) -> Tensor:
 
 def _require(holds: bool, name: str, wanted: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {wanted}, got {got}")
+        raise ValueError(f"{name} must be {wanted}, got {got!r}")

@@ -7,6 +7,7 @@ With F the share of positions that are boundaries, G the mean probability and N 
 Only G carries a gradient, N^2 / (N - 1) * (F - 1/N): a controller of the soft rate by the hard one.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -64,14 +65,14 @@ def ratio_loss(
 
     Raises:
         ValueError: shapes differ, are not (total,) with cu_seqlens, boundary_mask is not bool, or
-            target_ratio is not above 1.
+            target_ratio is not above 1 and finite.
 
     >>> mask = torch.tensor([[True, False, False, True, False, False]])
     >>> round(float(ratio_loss(mask, mask.float(), 3.0)), 6)
     1.0
     """
-    if target_ratio <= 1:
-        raise ValueError(f"target_ratio must be above 1, got {target_ratio}")
+    if not 1 < target_ratio < math.inf:
+        raise ValueError(f"target_ratio must be above 1 and finite, got {target_ratio}")
     _check_shapes(boundary_mask, probs, mask, cu_seqlens)
     if cu_seqlens is not None and mask is None and not per_sequence and soft_boundaries is None:
         return pooled_ratio_loss(boundary_mask, probs, cu_seqlens, target_ratio)[0]

@@ -62,13 +62,19 @@ def routed(
     if weight is not None:
         # A function of autograd takes and returns tensors, and what else it makes by a list.
         made: list[PendingSegmentation] = []
-        p, x, loss, weighted = _apply_routed(x, weight, cu_seqlens, cut, ratio, made)
-        return Routing(p, x, made[0], None if ratio is None else (loss, weighted))
+        p, x, *losses = _apply_routed(x, weight, cu_seqlens, cut, ratio, made)
+        if ratio is None:
+            return Routing(p, x, made[0], None)
+        # Views, because a hook on a result of a node is called, with None, by a backward pass that
+        # comes to the node but not from that result.
+        loss, weighted = (loss.view(()) for loss in losses)
+        return Routing(p, x, made[0], (loss, weighted))
     queries_keys, x = shared_linear(x, linear)
     p = boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key)
     pending = cut(p)
-    losses = None if ratio is None else pooled_ratio_loss(pending.wanted, p, cu_seqlens, *ratio)
-    return Routing(p, x, pending, losses)
+    if ratio is None:
+        return Routing(p, x, pending, None)
+    return Routing(p, x, pending, pooled_ratio_loss(pending.wanted, p, cu_seqlens, *ratio))
 
 
 class _Routed(torch.autograd.Function):

@@ -505,6 +505,9 @@ def test_causal(options: dict[str, Any]) -> None:
         ({"max_chunks": 0}, "max_chunks must be an integer"),
         ({"pool": "sum"}, "pool must be one of"),
         ({"learning_rate_difference": 0.0}, "learning_rate_difference must be above 0"),
+        ({"boundary_threshold": "a"}, r"boundary_threshold must be in \(0, 1\), got 'a'"),
+        ({"ratio_loss_weight": None}, "ratio_loss_weight must be at least 0 and finite, got None"),
+        ({"smoothing_clamp": 0.5}, "smoothing_clamp must be None or in"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -109,8 +109,9 @@ def test_statistics_by_hand() -> None:
 
 def test_bad_input() -> None:
     mask = torch.zeros(3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="target_ratio must be above 1"):
-        ratio_loss(mask, torch.zeros(3), 1.0)
+    for n in (1.0, float("nan")):
+        with pytest.raises(ValueError, match="target_ratio must be above 1"):
+            ratio_loss(mask, torch.zeros(3), n)
     with pytest.raises(ValueError, match="probs must have the shape of boundary_mask"):
         ratio_loss(mask, torch.zeros(4), 3.0)
     with pytest.raises(

@@ -68,6 +68,20 @@ def test_as_by_themselves(used: tuple[int, ...], has_start_keys: bool, device: s
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_hook_on_a_loss_that_is_not_asked_for(part: int) -> None:
+    """Is not called, as that of a node that the backward pass does not come to."""
+    linear, x = layer()
+    p, _, _, losses = together(x, linear, cumulative([3]))
+    assert losses is not None
+    seen: list[Tensor] = []
+    losses[part].register_hook(lambda grad: seen.append(grad))
+    torch.autograd.grad(p.sum(), x, retain_graph=True)
+    assert not seen
+    torch.autograd.grad(2 * losses[part], x)
+    assert seen == [2]
+
+
 def test_without_a_loss() -> None:
     linear, x = layer()
     with_loss, without = (

@@ -92,7 +92,7 @@ def test_ratio_loss(lens: list[int]) -> None:
 def test_ratio_loss_adds_to_the_gradient_of_others() -> None:
     """In the tail too, where it has nothing to add."""
     lens = [5, 0, 5000]
-    mask, p = boundaries(5008).to(DEVICE), probabilities(5008).detach().float()
+    mask, p = boundaries(5008).to(DEVICE), probabilities(5008).detach().float().to(DEVICE)
     cu_seqlens, others = cumulative(lens, DEVICE), randn(5008, device=DEVICE).detach().float()
     one, results = torch.ones((), device=DEVICE), []
     for backend in ("torch", "triton"):

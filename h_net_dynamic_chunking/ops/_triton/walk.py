@@ -38,6 +38,8 @@ class Walk(NamedTuple):
 # For walks that are handed what comes in. At 65536 x 1024 half as many leave the GPU idle, and
 # twice as many lose 2% backward (H200). Narrower channels get more blocks instead.
 PROGRAMS = 2048
+# A 500th of what each rounds off.
+_NEGLIGIBLE = {torch.float32: 2.0**-32, torch.float16: 2.0**-20, torch.bfloat16: 2.0**-17}
 _SMALLEST_BLOCK = 32
 
 
@@ -53,13 +55,11 @@ def _divide(dim: int, dtype: torch.dtype, total: int, block_d: int, programs: in
     wanted = programs // min(cdiv(dim, block_d), 4)
     block = max(_SMALLEST_BLOCK, power_of_2(cdiv(total, wanted)))
     blocks = cdiv(total, block)
-    # A 256th of what float32 rounds off, and a 500th of what float16 does.
-    negligible = 2.0**-32 if dtype == torch.float32 else 2.0**-20
     return Walk(
         block,
         blocks,
         blocks * cdiv(dim, block_d),
-        {"D": dim, "BLOCK_D": block_d, "NEGLIGIBLE": negligible},
+        {"D": dim, "BLOCK_D": block_d, "NEGLIGIBLE": _NEGLIGIBLE[dtype]},
     )
 
 
