@@ -95,7 +95,8 @@ def _reach_back(
     i_first = i_c + 1
     weight = tl.full([], 1.0, tl.float32)
     while (i_first > 0) & counts(weight, NEGLIGIBLE):
-        o_c = i_first - 1 - tl.arange(0, CHUNKS)
+        o_back = tl.arange(0, CHUNKS)
+        o_c = i_first - 1 - o_back
         # What is left of a chunk has passed the gates of those behind it, but not its own.
         m_newer = (o_c >= -1) & (o_c < i_c)
         o_open = tl.load(positions + o_c + 1, mask=m_newer, other=0)
@@ -103,7 +104,8 @@ def _reach_back(
         b_weight = weight * tl.cumprod(tl.where(m_newer, _known(b_gate), 1.0), axis=0)
         m_counts = (o_c >= 0) & counts(b_weight, NEGLIGIBLE)
         i_first = tl.min(tl.where(m_counts, o_c, i_first), axis=0)
-        weight = tl.sum(tl.where(tl.arange(0, CHUNKS) == CHUNKS - 1, b_weight, 0.0))
+        # 0, which ends the loop, unless all that was looked at counts.
+        weight = tl.sum(tl.where(m_counts & (o_back == CHUNKS - 1), b_weight, 0.0))
     return i_first
 
 
