@@ -181,6 +181,31 @@ def _opens(positions, i_c, i_last, CHUNKS: tl.constexpr):
     return i_opens
 
 
+@triton.jit
+def _loads(
+    z,
+    p,
+    starts,
+    i_opens,
+    i_c,
+    i_last,
+    o_d,
+    m_d,
+    low,
+    high,
+    D: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """P, gate and vector of chunks i_c, i_c + 1, ...; behind the last one, of that."""
+    loaded = ()
+    for k in tl.static_range(CHUNKS):
+        i_k, i_open = tl.minimum(i_c + k, i_last), i_opens[k]
+        weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
+        loaded += ((weight, gate, tl.load(z + i_k * D + o_d, mask=m_d, other=0)),)
+    return loaded
+
+
 @triton.jit(do_not_specialize=["T", "block"])
 def dechunk_fwd_kernel(
     z,
@@ -227,11 +252,9 @@ def dechunk_fwd_kernel(
         i_opens = _opens(positions, i_first, i_last, CHUNKS)
         for i_c in range(i_first, i_last + 1, CHUNKS):
             # All that these chunks need is on its way before the first of them is written.
-            loaded = ()
-            for k in tl.static_range(CHUNKS):
-                i_k, i_open = tl.minimum(i_c + k, i_last), i_opens[k]
-                weight, gate = opening(p, starts, i_open, i_open >= 0, low, high, SMOOTH)
-                loaded += ((weight, gate, tl.load(z + i_k * D + o_d, mask=m_d, other=0)),)
+            loaded = _loads(
+                z, p, starts, i_opens, i_c, i_last, o_d, m_d, low, high, D, SMOOTH, CHUNKS
+            )
             i_nexts = _opens(positions, i_c + CHUNKS, i_last, CHUNKS)
             i_ends = i_opens + i_nexts
             for k in tl.static_range(CHUNKS):
