@@ -5,7 +5,7 @@ network. Defaults are the paper's; what departs from it is an option that is off
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args, overload
 
@@ -116,34 +116,29 @@ class DynamicSequenceChunker(nn.Module):
         ):
             _require(type(value) is int and value >= 1, name, "an integer of at least 1", value)
         _require(pool in get_args(Pool), "pool", f"one of {get_args(Pool)}", pool)
-        for name, number, holds, wanted in (
-            ("boundary_threshold", boundary_threshold, lambda x: 0 < x < 1, "in (0, 1)"),
-            (
-                "target_avg_token_length",
-                target_avg_token_length,
-                lambda x: 1 < x < math.inf,
-                "above 1 and finite",
-            ),
-            (
-                "ratio_loss_weight",
-                ratio_loss_weight,
-                lambda x: 0 <= x < math.inf,
-                "at least 0 and finite",
-            ),
-            (
-                "learning_rate_difference",
-                learning_rate_difference,
-                lambda x: 0 < x < math.inf,
-                "above 0 and finite",
-            ),
-            (
-                "smoothing_clamp",
-                0 if smoothing_clamp is None else smoothing_clamp,
-                lambda x: 0 <= x < 0.5,
-                "None or in [0, 0.5)",
-            ),
-        ):
-            _require(isinstance(number, Real) and holds(number), name, wanted, number)
+        _require_number("boundary_threshold", boundary_threshold, lambda x: 0 < x < 1, "in (0, 1)")
+        _require_number(
+            "target_avg_token_length",
+            target_avg_token_length,
+            lambda x: 1 < x < math.inf,
+            "above 1 and finite",
+        )
+        _require_number(
+            "ratio_loss_weight",
+            ratio_loss_weight,
+            lambda x: 0 <= x < math.inf,
+            "at least 0 and finite",
+        )
+        _require_number(
+            "learning_rate_difference",
+            learning_rate_difference,
+            lambda x: 0 < x < math.inf,
+            "above 0 and finite",
+        )
+        if smoothing_clamp is not None:
+            _require_number(
+                "smoothing_clamp", smoothing_clamp, lambda x: 0 <= x < 0.5, "None or in [0, 0.5)"
+            )
         self.dim = dim
         self.dim_queries_keys = dim_queries_keys
         self.boundary_threshold = boundary_threshold
@@ -512,6 +507,10 @@ def _checked_chunks(z: Tensor, chunk_layout: Layout) -> Tensor:
     if not z.is_floating_point():
         raise ValueError(f"inner must be floating point, got {z.dtype}")
     return z
+
+
+def _require_number(name: str, value: object, holds: Callable[[Any], bool], wanted: str) -> None:
+    _require(isinstance(value, Real) and holds(value), name, wanted, value)
 
 
 def _require(holds: bool, name: str, wanted: str, got: object) -> None:
