@@ -7,7 +7,7 @@ network. Defaults are the paper's; what departs from it is an option that is off
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,10 @@ from h_net_dynamic_chunking.ops.grid import ChunkGrid, grid_ahead
 from h_net_dynamic_chunking.ops.packing import accumulation_dtype
 from h_net_dynamic_chunking.ops.plain import is_plain, parameter_of
 from h_net_dynamic_chunking.ops.ratio import pooled_ratio_loss
-from h_net_dynamic_chunking.ops.routing import routed
+from h_net_dynamic_chunking.ops.routing import Routing, routed
 from h_net_dynamic_chunking.ops.wide_linear import wide_linear
 from h_net_dynamic_chunking.outputs import Outputs, hidden_states
 from h_net_dynamic_chunking.pooling import Pool, pool_groups
-
-
-class PendingRoute(NamedTuple):
-    """Where the router cuts, while the number of chunks is on its way to the host."""
-
-    tokens: Tensor
-    """(total, dim): packed."""
-    queries_keys: Tensor | None
-    """(total, 2 * dim_queries_keys): side by side. None unless asked for."""
-    probs: Tensor
-    """float32 (total,)."""
-    pending: PendingSegmentation
-    losses: tuple[Tensor, Tensor] | None
-    """The ratio loss, before and after its weight; None where it is yet to be computed."""
 
 
 class DynamicSequenceChunker(nn.Module):
@@ -302,7 +288,7 @@ class DynamicSequenceChunker(nn.Module):
         *,
         with_keys: bool = False,
         with_loss: bool = False,
-    ) -> PendingRoute:
+    ) -> Routing:
         """The probability of a boundary at each token, eq. (4), and where to cut.
 
         `with_keys` has the queries and keys returned, too, which otherwise may stay inside one node
@@ -322,13 +308,10 @@ class DynamicSequenceChunker(nn.Module):
 
         if self.pool == "select" and not with_keys:
             ratio = self._pooled_ratio() if with_loss else None
-            probs, packed, pending, losses = routed(
-                packed, router, layout.cu_seqlens, cut, start_keys, ratio
-            )
-            return PendingRoute(packed, None, probs, pending, losses)
+            return routed(packed, router, layout.cu_seqlens, cut, start_keys, ratio)
         queries_keys = router(packed)
         probs = boundary_probability_of_pairs(queries_keys, layout.cu_seqlens, start_keys)
-        return PendingRoute(packed, queries_keys, probs, cut(probs), None)
+        return Routing(packed, queries_keys, probs, cut(probs), None)
 
     def _check(
         self, tokens: Tensor, boundary_mask: Tensor | None, layout: Layout, dtype: torch.dtype

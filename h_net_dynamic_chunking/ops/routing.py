@@ -29,15 +29,17 @@ from h_net_dynamic_chunking.ops.shared_linear import (
 
 
 class Routing(NamedTuple):
-    """Where tokens are cut."""
+    """Where tokens are cut, while the number of chunks is on its way to the host."""
 
+    tokens: Tensor
+    """(total, dim): packed, for whatever else uses them."""
+    queries_keys: Tensor | None
+    """(total, 2 * dim_queries_keys): side by side; None where they stay inside one node."""
     probs: Tensor
     """float32 (float64 for float64) (total,)."""
-    tokens: Tensor
-    """(total, dim): x, for whatever else uses it."""
     pending: PendingSegmentation
     losses: tuple[Tensor, Tensor] | None
-    """The ratio loss, and that times its weight; None unless asked for."""
+    """The ratio loss, before and after its weight; None where it is yet to be computed."""
 
 
 def routed(
@@ -64,17 +66,16 @@ def routed(
         made: list[PendingSegmentation] = []
         p, x, *losses = _apply_routed(x, weight, cu_seqlens, cut, ratio, made)
         if ratio is None:
-            return Routing(p, x, made[0], None)
+            return Routing(x, None, p, made[0], None)
         # Views, because a hook on a result of a node is called, with None, by a backward pass that
         # comes to the node but not from that result.
         loss, weighted = (loss.view(()) for loss in losses)
-        return Routing(p, x, made[0], (loss, weighted))
+        return Routing(x, None, p, made[0], (loss, weighted))
     queries_keys, x = shared_linear(x, linear)
     p = boundary_probability_of_pairs(queries_keys, cu_seqlens, start_key)
     pending = cut(p)
-    if ratio is None:
-        return Routing(p, x, pending, None)
-    return Routing(p, x, pending, pooled_ratio_loss(pending.wanted, p, cu_seqlens, *ratio))
+    pooled = None if ratio is None else pooled_ratio_loss(pending.wanted, p, cu_seqlens, *ratio)
+    return Routing(x, queries_keys, p, pending, pooled)
 
 
 class _Routed(torch.autograd.Function):
@@ -111,14 +112,14 @@ class _Routed(torch.autograd.Function):
         grad_loss: Tensor | None,
         grad_weighted: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        if grad_p is None and grad_loss is None and grad_weighted is None:
+            return grad_x, *[None] * 5
         x, weight, queries_keys, cu_seqlens, p, slope = ctx.saved_tensors
         with use_backend(ctx.backend):
             if grad_loss is not None or grad_weighted is not None:
                 grad_p = _ratio_loss_backward(
                     grad_loss, grad_weighted, slope, p, cu_seqlens, ctx.loss_weight, grad_p
                 )
-            if grad_p is None:
-                return grad_x, *[None] * 5
             if torch.is_grad_enabled():
                 # What was saved is a constant to autograd, which has to see what is refused here.
                 queries_keys = torch.mm(x, weight.t())

@@ -48,7 +48,7 @@ def test_as_by_themselves(used: tuple[int, ...], has_start_keys: bool, device: s
     found = []
     for in_one in (True, False):
         if in_one:
-            p, same, pending, losses = together(x, linear, cu_seqlens, start_keys)
+            same, _, p, pending, losses = together(x, linear, cu_seqlens, start_keys)
             assert losses is not None
         else:
             p, same = boundary_probability_of_pairs(linear(x), cu_seqlens, start_keys), x
@@ -72,7 +72,7 @@ def test_as_by_themselves(used: tuple[int, ...], has_start_keys: bool, device: s
 def test_a_hook_on_a_loss_that_is_not_asked_for(part: int) -> None:
     """Is not called, as that of a node that the backward pass does not come to."""
     linear, x = layer()
-    p, _, _, losses = together(x, linear, cumulative([3]))
+    _, _, p, _, losses = together(x, linear, cumulative([3]))
     assert losses is not None
     seen: list[Tensor] = []
     losses[part].register_hook(lambda grad: seen.append(grad))
@@ -80,6 +80,16 @@ def test_a_hook_on_a_loss_that_is_not_asked_for(part: int) -> None:
     assert not seen
     torch.autograd.grad(2 * losses[part], x)
     assert seen == [2]
+
+
+def test_tokens_alone_need_nothing_that_was_kept() -> None:
+    """So that a weight may have changed in place since."""
+    linear, x = layer()
+    same = together(x, linear, cumulative([3])).tokens
+    with torch.no_grad():
+        linear.weight.zero_()
+    (gradient,) = torch.autograd.grad(same.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))
 
 
 def test_without_a_loss() -> None:
@@ -95,7 +105,7 @@ def test_without_a_loss() -> None:
 def test_backward_runs_where_its_forward_did() -> None:
     linear, x = layer()
     with use_backend("torch"):
-        p, _, _, losses = together(x, linear, cumulative([3]))
+        _, _, p, _, losses = together(x, linear, cumulative([3]))
     assert losses is not None
     with use_backend("triton"):  # which takes no float64, and would raise
         torch.autograd.grad(p.sum() + losses[0], x)
@@ -120,7 +130,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("triton", "torch"):
         leaf = x.detach().float().requires_grad_()
         with use_backend(backend):  # type: ignore[arg-type]  # of a loop
-            p, same, _, losses = together(leaf, linear, cu_seqlens)
+            same, _, p, _, losses = together(leaf, linear, cu_seqlens)
         assert losses is not None
         loss = p.sin().sum() + same.cos().sum() + losses[1]
         found.append(
@@ -133,7 +143,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     linear, x = layer()
-    p, _, _, losses = together(x, linear, cumulative([3]))
+    _, _, p, _, losses = together(x, linear, cumulative([3]))
     assert losses is not None
     for output in (p.sum(), losses[0]):
         (first,) = torch.autograd.grad(output, x, create_graph=True)

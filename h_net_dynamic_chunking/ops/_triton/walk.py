@@ -38,7 +38,7 @@ class Walk(NamedTuple):
 # For walks that are handed what comes in. At 65536 x 1024 half as many leave the GPU idle, and
 # twice as many lose 2% backward (H200). Narrower channels get more blocks instead.
 PROGRAMS = 2048
-# A 500th of what each rounds off.
+# A 256th of what float32 rounds off, and a 500th of what the others do.
 _NEGLIGIBLE = {torch.float32: 2.0**-32, torch.float16: 2.0**-20, torch.bfloat16: 2.0**-17}
 _SMALLEST_BLOCK = 32
 
