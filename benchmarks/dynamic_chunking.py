@@ -209,6 +209,7 @@ class Case:
                     True,
                     True,
                     None,
+                    True,
                 ),
             ),
             "ratio loss": (

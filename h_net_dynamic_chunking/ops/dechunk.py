@@ -215,6 +215,7 @@ def _dechunk_backward(
     straight_through: bool,
     weigh_input: bool,
     clamp: float | None,
+    short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of z and, in float32 (float64 for float64), of the probabilities."""
     if runs_on_triton(z, None, probs.shape[0]):
@@ -229,6 +230,7 @@ def _dechunk_backward(
             weigh_input=weigh_input,
             clamp=clamp,
             straight_through=straight_through,
+            short_memory=short_memory,
         )
         return gradients
     grad_smoothed, grad_confidence = _expand_backward(grad, smoothed, chunk_of_position)
@@ -258,16 +260,28 @@ def _(
     straight_through: bool,
     weigh_input: bool,
     clamp: float | None,
+    short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(z.dtype, torch.float32)
     return z.new_empty(z.shape), probs.new_empty(probs.shape, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, probs, *indices, residual, weight, bias, _, straight_through, weigh_input, clamp, _, _ = (
-        inputs
-    )
-    ctx.options = straight_through, weigh_input, clamp
+    (
+        z,
+        probs,
+        *indices,
+        residual,
+        weight,
+        bias,
+        _,
+        straight_through,
+        weigh_input,
+        clamp,
+        _,
+        short,
+    ) = inputs
+    ctx.options = straight_through, weigh_input, clamp, short
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.has_bias = bias is not None
     ctx.backend = chosen_backend()

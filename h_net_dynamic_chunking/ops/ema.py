@@ -356,6 +356,7 @@ def _ema_backward_on_triton(
             weigh_input=weigh_input,
             clamp=None,
             straight_through=False,
+            short_memory=False,
         )
 
     if state is None:

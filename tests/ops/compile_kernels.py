@@ -198,7 +198,7 @@ def call_launchers() -> None:
             short_memory=short_memory,
         )
     dechunk_forward.expand_fwd(z, *walked, None, x.dtype)
-    for straight_through in (False, True):
+    for straight_through, short_memory in ((False, False), (True, False), (True, True)):
         dechunk_backward.dechunk_bwd(
             x,
             z,
@@ -210,6 +210,7 @@ def call_launchers() -> None:
             weigh_input=True,
             clamp=None,
             straight_through=straight_through,
+            short_memory=short_memory,
         )
     dechunk_backward.expand_bwd(x, z, s.chunk_of_position)
     for parts in (1, 3):

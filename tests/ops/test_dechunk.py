@@ -113,7 +113,7 @@ def test_gradcheck_and_opcheck() -> None:
     plain = z.detach(), p.detach(), z.detach()
     torch.library.opcheck(
         torch.ops.h_net.dechunk_backward.default,
-        (residual.detach(), *plain, *indices, True, True, 0.1),
+        (residual.detach(), *plain, *indices, True, True, 0.1, False),
     )
 
 

@@ -75,8 +75,8 @@ def test_few_sums(parts: int) -> None:
 def test_wider_than_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from h_net_dynamic_chunking.ops._triton import dechunk_backward, dechunk_forward
 
-    for kernels in (dechunk_forward, dechunk_backward):
-        monkeypatch.setattr(kernels, "_BLOCK_D", 4)
+    monkeypatch.setattr(dechunk_forward, "_BLOCK_D", 4)
+    monkeypatch.setattr(dechunk_backward, "_ROW", 16)
     segmentation = segment(boundaries(9, device=DEVICE), cumulative([4, 5], DEVICE))
     z = randn(len(segmentation.boundary_positions), 10)
     assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation), z, probabilities(9))

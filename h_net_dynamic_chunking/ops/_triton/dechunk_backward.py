@@ -1,9 +1,10 @@
-"""Smoothing and expansion backward: each gradient of a position is read once or twice.
+"""Smoothing and expansion backward, in a walk over positions from the last to the first.
 
     v_t = grad_t + a_{t+1} v_{t+1}        a: 1 within a chunk, its gate where one opens
 
-At the position where a chunk opens v is the gradient of the smoothed chunk; the same walk, from the
-last position to the first, writes those of z, of P and of the confidence.
+At the position where a chunk opens v is the gradient of the smoothed chunk; the same walk writes
+those of z, of P and of the confidence. Each gradient is read once, and a few behind each block of
+positions twice.
 """
 
 # Unrolled loops fill tuples, whose type then changes.
@@ -15,140 +16,206 @@ import triton.language as tl
 from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import launch
+from h_net_dynamic_chunking.ops._triton.look_ahead import (
+    begins_kernel,
+    gates_into,
+    look_ahead,
+    passes,
+)
 from h_net_dynamic_chunking.ops._triton.partial_sums import few_sums
+from h_net_dynamic_chunking.ops._triton.tiles import (
+    about_positions,
+    as_vector,
+    chunks_of_lane,
+    of_lane,
+    row,
+)
 from h_net_dynamic_chunking.ops._triton.walk import (
     carry,
-    counts,
+    clamped,
     divide,
     limits,
-    opening,
     passed_on,
     program,
 )
 
-# One warp with 16 bytes a thread; 64 and 128 channels were slower (H200).
-_BLOCK_D = 256
-# Positions that are loaded at a time: by the walk, one step ahead of their use, and to look ahead.
-_ROWS, _AHEAD = 2, 8
+# Bytes of a row that a program takes: one warp with 16 bytes a thread.
+_ROW = 512
+# All at once, in one wave: their shared memory is what an H200 has.
+_PROGRAMS = 1024
+# Positions of a step of the walk, and how deep its loads are pipelined: one step is on its way.
+_ROWS, _STAGES = 8, 3
+# Positions that are looked at together for how far they are felt; and by the kernel of its own.
+_REACH, _AHEAD = 128, 8
+# With longer chunks than this the walk had to begin too far behind its block.
+_LONG = 8
 
 
 @triton.jit
-def _gates_into(p, chunk, starts, o_t, m_t, low, high, SMOOTH: tl.constexpr):
-    """How much of the gradient of positions t, above 0, reaches the positions before them."""
-    b_chunk = tl.load(chunk + o_t, mask=m_t, other=-1)
-    b_before = tl.load(chunk + o_t - 1, mask=m_t, other=-1)
-    _, b_gate = opening(p, starts, o_t, m_t, low, high, SMOOTH)
-    return tl.where(b_chunk < 0, 0.0, tl.where(b_chunk == b_before, 1.0, b_gate))
-
-
-@triton.jit(do_not_specialize=["T", "block"])
-def begins_kernel(
-    grad,
-    p,
-    chunk,
-    starts,
-    states,
-    through,
-    T,
-    block,
-    low,
-    high,
-    SMOOTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NEGLIGIBLE: tl.constexpr,
-):
-    """What reaches the first position of each block from the block, and how much passes it."""
-    i_b, i_d, o_d, m_d = program(D, BLOCK_D)
-    i_start = i_b * block
-    i_stop = tl.minimum(i_start + block, T)
-    b_state = tl.zeros([BLOCK_D], dtype=tl.float32)
-    weight = tl.full([], 1.0, tl.float32)
-    i_t = i_start
-    while (i_t < i_stop) & counts(weight, NEGLIGIBLE):
-        o_t = i_t + tl.arange(0, ROWS)
-        m_t = o_t < i_stop
-        o_g = o_t[:, None] * D + o_d[None, :]
-        b_g = tl.load(grad + o_g, mask=m_t[:, None] & m_d[None, :], other=0).to(tl.float32)
-        m_inner = m_t & (o_t > i_start)
-        b_gate = _gates_into(p, chunk, starts, o_t, m_inner, low, high, SMOOTH)
-        b_gate = tl.where(m_inner, b_gate, 1.0)
-        m_nan = b_gate != b_gate
-        b_weight = weight * tl.cumprod(tl.where(m_nan, 1.0, b_gate), axis=0)
-        m_live = tl.load(chunk + o_t, mask=m_t, other=-1) >= 0
-        m_counts = m_live & counts(b_weight, NEGLIGIBLE)
-        b_state += tl.sum(tl.where(m_counts[:, None], b_weight[:, None] * b_g, 0.0), axis=0)
-        weight = tl.sum(tl.where(tl.arange(0, ROWS) == ROWS - 1, b_weight, 0.0))
-        # What passes a gate of NaN is NaN, and there is no more to be seen.
-        if tl.sum((m_nan & m_counts).to(tl.int32)) > 0:
-            b_state += float("nan")
-            weight *= 0.0
-        i_t += ROWS
-    tl.store(states + i_b * D + o_d, b_state, mask=m_d)
-    if i_d == 0:
-        gate = _gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH)
-        # A weight of 0 lets nothing through, not even NaN.
-        m_passes = counts(weight, NEGLIGIBLE) & counts(weight * gate, NEGLIGIBLE)
-        tl.store(through + i_b, tl.where(m_passes, weight * gate, 0.0))
+def _dot(b_x, b_y):
+    """The product of two vectors, as numbers that remain to be summed: one a thread."""
+    LANES: tl.constexpr = b_x.shape[0] if b_x.shape[0] < 32 else 32
+    return tl.sum(tl.reshape(b_x * b_y, [LANES, b_x.shape[0] // LANES]), axis=1)
 
 
 @triton.jit
-def _chunks(chunk, i_t, T, ROWS: tl.constexpr):
-    """The chunks of positions i_t - 1 to i_t + ROWS - 1; -1 where there is none."""
-    i_chunks = ()
-    for k in tl.static_range(-1, ROWS):
-        m_t = (i_t + k >= 0) & (i_t + k < T)
-        i_chunks += (tl.load(chunk + i_t + k, mask=m_t, other=-1),)
-    return i_chunks
-
-
-@triton.jit
-def _passes(gate, b_v):
-    """gate v. A gate of 0 lets nothing through, not even NaN."""
-    return tl.where(gate == 0, 0.0, gate * b_v)
-
-
-@triton.jit
-def _where(condition, o_d, m_d):
-    """m_d if the condition holds, else nowhere. The interpreter makes no mask of a scalar."""
-    return m_d & (tl.zeros_like(o_d) + condition.to(tl.int32) != 0)
-
-
-@triton.jit
-def _rows(
-    grad,
-    z,
-    smoothed,
-    p,
-    starts,
-    i_chunks,
-    i_t,
+def _open(
+    b_v,
+    b_s,
+    b_z,
+    i_c,
+    raw,
+    is_start,
+    grad_z,
     o_d,
     m_d,
-    D: tl.constexpr,
+    low,
+    high,
     WEIGH: tl.constexpr,
     SMOOTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """What positions i_t to i_t + ROWS - 1 need. Of what belongs to chunks that is little: what is
-    new where they change."""
-    rows = ()
-    for k in tl.static_range(ROWS):
-        i_c, i_before = i_chunks[k + 1], i_chunks[k]
-        is_new = i_c != i_before
-        is_open = is_new & (i_c >= 0)
-        b_g = tl.load(grad + (i_t + k) * D + o_d, mask=_where(i_c >= 0, o_d, m_d), other=0)
-        m_before = _where(is_new & (i_before >= 0), o_d, m_d)
-        b_before = tl.load(smoothed + i_before * D + o_d, mask=m_before, other=0)
-        b_z, raw, is_start = b_before, 1.0, False
+    """Where chunk i_c opens, behind one that has b_s: the gradient of z is written. Returns that of
+    P, as `_dot` does, and what of v reaches the position before."""
+    b_grad_p = tl.zeros_like(_dot(b_v, b_s))
+    weight, gate = 1.0, 0.0
+    if SMOOTH:
+        weight = clamped(raw, low, high)
+        gate = tl.where(is_start, 0.0, 1 - weight)
+        b_change = -tl.where(is_start, 0.0, b_s)
         if WEIGH:
-            b_z = tl.load(z + i_c * D + o_d, mask=_where(is_open, o_d, m_d), other=0)
-        if SMOOTH:
-            raw = tl.load(p + i_t + k, mask=is_open, other=1)
-            is_start = tl.load(starts + i_t + k, mask=is_open, other=1) != 0
-        rows += ((b_g, b_before, b_z, raw, is_start),)
-    return rows
+            b_change += b_z.to(tl.float32)
+        m_none = (raw < low) | (raw > high) | (i_c < 0)
+        b_grad_p = tl.where(m_none, 0.0, _dot(b_v, b_change))
+    b_grad_z = (b_v * weight if WEIGH else b_v).to(grad_z.dtype.element_ty)
+    m_c = m_d & (tl.zeros_like(o_d) + i_c >= 0)
+    tl.store(grad_z + i_c.to(tl.int64) * D + o_d, b_grad_z, mask=m_c)
+    return b_grad_p, passes(gate, b_v)
+
+
+@triton.jit
+def _step(
+    b_gs,
+    b_ss,
+    b_zs,
+    i_chunks,
+    begins,
+    b_ps,
+    lane,
+    b_v,
+    b_s,
+    grad_z,
+    o_d,
+    m_d,
+    low,
+    high,
+    WEIGH: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Over the positions of a lane. Returns, of each, the gradient of its p as `_dot` does."""
+    b_dots = ()
+    for k in tl.static_range(ROWS - 1, -1, -1):
+        b_g = row(b_gs, k).to(tl.float32)
+        b_v += b_g
+        b_dot = _dot(b_g, b_s) if CONFIDENCE != "none" else tl.zeros_like(_dot(b_g, b_s))
+        i_c = i_chunks[k + 1]
+        if i_c != i_chunks[k]:
+            b_s = row(b_ss, k).to(tl.float32)
+            raw = of_lane(b_ps[k], lane).to(tl.float32, bitcast=True) if SMOOTH else 1.0
+            is_start = (begins >> k) & 1 != 0
+            b_grad_p, b_v = _open(
+                b_v,
+                b_s,
+                row(b_zs, k),
+                i_c,
+                raw,
+                is_start,
+                grad_z,
+                o_d,
+                m_d,
+                low,
+                high,
+                WEIGH,
+                SMOOTH,
+                D,
+            )
+            b_dot += b_grad_p
+        elif CONFIDENCE == "of decision":
+            b_dot = -b_dot
+        # In the tail the vector of a chunk may be anything.
+        b_dots += (tl.where(i_c >= 0, b_dot, 0.0),)
+    return b_dots, b_v, b_s
+
+
+@triton.jit
+def _walk(
+    p_grad,
+    z,
+    smoothed,
+    about,
+    lanes,
+    b_v,
+    b_s,
+    grad_z,
+    p_dots,
+    size,
+    o_d,
+    m_d,
+    low,
+    high,
+    WEIGH: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Over the positions that the lanes know `about`, of which the first has p_grad and p_dots.
+    b_v is what comes in, b_s the vector of the last one's chunk; both are returned for the next."""
+    b_before, b_chunks, b_ps, b_begins = about
+    for i in tl.range(0, lanes, num_stages=STAGES):
+        lane = lanes - 1 - i
+        i_chunks = chunks_of_lane(b_before, b_chunks, lane, ROWS)
+        b_c, b_c_before = as_vector(i_chunks, 1, ROWS), as_vector(i_chunks, 0, ROWS)
+        # Of what belongs to chunks little is loaded: what is new where they change.
+        m_c = b_c >= 0
+        m_z, m_s = m_c & (b_c != b_c_before), (b_c_before >= 0) & (b_c != b_c_before)
+        o_g = (lane * ROWS + tl.arange(0, ROWS))[:, None] * D + o_d[None, :]
+        b_gs = tl.load(p_grad + o_g, mask=m_c[:, None] & m_d[None, :], other=0)
+        o_s = b_c_before.to(tl.int64)[:, None] * D + o_d[None, :]
+        b_ss = tl.load(smoothed + o_s, mask=m_s[:, None] & m_d[None, :], other=0)
+        b_zs = b_ss
+        if WEIGH:
+            o_z = b_c.to(tl.int64)[:, None] * D + o_d[None, :]
+            b_zs = tl.load(z + o_z, mask=m_z[:, None] & m_d[None, :], other=0)
+        b_dots, b_v, b_s = _step(
+            b_gs,
+            b_ss,
+            b_zs,
+            i_chunks,
+            of_lane(b_begins, lane),
+            b_ps,
+            lane,
+            b_v,
+            b_s,
+            grad_z,
+            o_d,
+            m_d,
+            low,
+            high,
+            WEIGH,
+            SMOOTH,
+            CONFIDENCE,
+            ROWS,
+            D,
+        )
+        for k in tl.static_range(ROWS):
+            o_t = lane * ROWS + k
+            tl.store(p_dots + o_t, tl.sum(b_dots[ROWS - 1 - k], axis=0), mask=o_t < size)
+    return b_v, b_s
 
 
 @triton.jit(do_not_specialize=["T", "B", "M", "block", "blocks"])
@@ -174,68 +241,75 @@ def dechunk_bwd_kernel(
     WEIGH: tl.constexpr,
     SMOOTH: tl.constexpr,
     CONFIDENCE: tl.constexpr,
+    LOOKS_AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    REACH: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
 ):
     """From the last position to the first. CONFIDENCE: "none", "plain", or "of decision", which is
     p where a chunk opens and 1 - p elsewhere."""
+    TILE: tl.constexpr = 32 * ROWS
     i_b, i_d, o_d, m_d = program(D, BLOCK_D)
-    # The last block first: its gradients are what the kernel before has left in the cache.
     i_b = blocks - 1 - i_b
-    p_dots = dots + i_d * T
+    i_start = i_b * block
+    i_stop = tl.minimum(i_start + block, T)
+    if LOOKS_AHEAD:
+        b_v = look_ahead(
+            grad,
+            p,
+            chunk,
+            starts,
+            i_stop,
+            T,
+            o_d,
+            m_d,
+            low,
+            high,
+            ROWS,
+            STAGES,
+            REACH,
+            D,
+            NEGLIGIBLE,
+        )
+    else:
+        # v of the position behind the block, and how much of it comes in.
+        b_v = carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
+        b_v = passes(gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH), b_v)
+    i_last = tl.load(chunk + i_stop - 1)
+    m_last = m_d & (tl.zeros_like(o_d) + i_last >= 0)
+    b_s = tl.load(smoothed + i_last * D + o_d, mask=m_last, other=0).to(tl.float32)
+    i_tile = i_start + (i_stop - i_start - 1) // TILE * TILE
+    while i_tile >= i_start:
+        size = tl.minimum(i_stop - i_tile, TILE).to(tl.int32)
+        b_v, b_s = _walk(
+            grad + i_tile * D,
+            z,
+            smoothed,
+            about_positions(p, chunk, starts, i_tile, i_stop, SMOOTH, ROWS),
+            tl.cdiv(size, ROWS),
+            b_v,
+            b_s,
+            grad_z,
+            dots + i_d * T + i_tile,
+            size,
+            o_d,
+            m_d,
+            low,
+            high,
+            WEIGH,
+            SMOOTH,
+            CONFIDENCE,
+            ROWS,
+            STAGES,
+            D,
+        )
+        i_tile -= TILE
     # Slots behind the last chunk belong to no block: all share in clearing them.
     for i_c in range(tl.load(cu_chunks + B).to(tl.int64) + i_b, M, blocks):
         tl.store(grad_z + i_c * D + o_d, tl.zeros_like(o_d).to(grad_z.dtype.element_ty), mask=m_d)
-    i_start = i_b * block
-    i_stop = tl.minimum(i_start + block, T)
-    # v of the position behind the block, and how much of it comes in.
-    b_v = carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
-    b_v = _passes(_gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH), b_v)
-    i_groups = tl.cdiv(i_stop - i_start, ROWS)
-    i_t = i_start + (i_groups - 1) * ROWS
-    i_chunks, i_nexts = _chunks(chunk, i_t, T, ROWS), _chunks(chunk, i_t - ROWS, T, ROWS)
-    m_last = _where(i_chunks[ROWS] >= 0, o_d, m_d)
-    b_s = tl.load(smoothed + i_chunks[ROWS] * D + o_d, mask=m_last, other=0).to(tl.float32)
-    rows = _rows(grad, z, smoothed, p, starts, i_chunks, i_t, o_d, m_d, D, WEIGH, SMOOTH, ROWS)
-    for _ in range(i_groups):
-        # What the positions before these need is on its way while these are looked at; the last
-        # time that is of the block before, and for nothing.
-        i_next = i_t - ROWS
-        next_rows = _rows(
-            grad, z, smoothed, p, starts, i_nexts, i_next, o_d, m_d, D, WEIGH, SMOOTH, ROWS
-        )
-        i_afters = _chunks(chunk, i_next - ROWS, T, ROWS)
-        for k in tl.static_range(ROWS - 1, -1, -1):
-            b_g, b_before, b_z, raw, is_start = rows[k]
-            i_c = i_chunks[k + 1]
-            b_v += b_g.to(tl.float32)
-            b_dot = tl.zeros([BLOCK_D], tl.float32)
-            if CONFIDENCE != "none":
-                b_dot = b_g.to(tl.float32) * b_s
-            if i_c != i_chunks[k]:
-                weight = 1.0
-                gate = 0.0
-                b_s = b_before.to(tl.float32)
-                if SMOOTH:
-                    weight = tl.where(raw < low, low, tl.where(raw > high, high, raw))
-                    gate = tl.where(is_start, 0.0, 1 - weight)
-                    b_change = -tl.where(is_start, 0.0, b_s)
-                    if WEIGH:
-                        b_change += b_z.to(tl.float32)
-                    m_none = (raw < low) | (raw > high) | (i_c < 0)
-                    b_dot += tl.where(m_none, 0.0, b_v * b_change)
-                b_grad_z = b_v * weight if WEIGH else b_v
-                p_grad_z = grad_z + i_c * D + o_d
-                b_grad_z = b_grad_z.to(grad_z.dtype.element_ty)
-                tl.store(p_grad_z, b_grad_z, mask=_where(i_c >= 0, o_d, m_d))
-                b_v = _passes(gate, b_v)
-            dot = tl.sum(b_dot, axis=0)
-            if CONFIDENCE == "of decision":
-                dot = tl.where(i_c != i_chunks[k], dot, -dot)
-            tl.store(p_dots + i_t + k, dot, mask=i_t + k < T)
-        i_t, i_chunks, i_nexts, rows = i_next, i_nexts, i_afters, next_rows
 
 
 def dechunk_bwd(
@@ -250,14 +324,21 @@ def dechunk_bwd(
     weigh_input: bool,
     clamp: float | None,
     straight_through: bool,
+    short_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the chunks and, float32 (total,), of P where they open.
 
-    With `straight_through` that of the confidence in each decision is added, in terms of p.
+    With `straight_through` that of the confidence in each decision is added, in terms of p. With
+    `short_memory`, and chunks that are not long, each block walks itself over what is felt in it.
     """
     z = z.contiguous()
     grad_z = torch.empty_like(z)
-    confidence = "of decision" if straight_through else "none"
+    options: dict[str, object] = {
+        "WEIGH": weigh_input,
+        "SMOOTH": True,
+        "CONFIDENCE": "of decision" if straight_through else "none",
+        "LOOKS_AHEAD": short_memory and len(chunk) <= _LONG * len(z),
+    }
     return grad_z, _backward(
         grad,
         z,
@@ -268,7 +349,7 @@ def dechunk_bwd(
         cu_chunks,
         grad_z,
         limits(clamp),
-        {"WEIGH": weigh_input, "SMOOTH": True, "CONFIDENCE": confidence},
+        options,
     )
 
 
@@ -288,7 +369,7 @@ def expand_bwd(grad: Tensor, smoothed: Tensor, chunk: Tensor) -> tuple[Tensor, T
         chunk.new_full((1,), len(smoothed)),
         grad_smoothed,
         limits(None),
-        {"WEIGH": False, "SMOOTH": False, "CONFIDENCE": "plain"},
+        {"WEIGH": False, "SMOOTH": False, "CONFIDENCE": "plain", "LOOKS_AHEAD": False},
     )
 
 
@@ -305,25 +386,28 @@ def _backward(
     options: dict[str, object],
 ) -> Tensor:
     """Fills grad_z, and returns the gradient of each position's p."""
-    grad, total = grad.contiguous(), chunk.shape[0]
-    walk = divide(z, total, _BLOCK_D)
-    passed = passed_on(walk, z)
-    dots = passed["states"].new_empty(walk.programs // walk.blocks, total)
+    grad, smoothed, total = grad.contiguous(), smoothed.contiguous(), chunk.shape[0]
+    widest = max(grad.itemsize, z.itemsize, smoothed.itemsize)
+    walk = divide(z, total, _ROW // widest, _PROGRAMS)
     tensors = {"p": p, "chunk": chunk, "starts": starts}
-    launch(
-        begins_kernel,
-        walk.programs,
-        {"grad": grad, **tensors, **passed, "T": total, "block": walk.block, **clamped},
-        {"SMOOTH": options["SMOOTH"], "ROWS": _AHEAD, **walk.constants},
-        num_warps=1,
-    )
+    dots = grad.new_empty(walk.programs // walk.blocks, total, dtype=torch.float32)
+    passed = {"states": p, "through": p}
+    if not options["LOOKS_AHEAD"]:
+        passed = passed_on(walk, z)
+        launch(
+            begins_kernel,
+            walk.programs,
+            {"grad": grad, **tensors, **passed, "T": total, "block": walk.block, **clamped},
+            {"SMOOTH": options["SMOOTH"], "ROWS": _AHEAD, **walk.constants},
+            num_warps=1,
+        )
     launch(
         dechunk_bwd_kernel,
         walk.programs,
         {
             "grad": grad,
             "z": z,
-            "smoothed": smoothed.contiguous(),
+            "smoothed": smoothed,
             **tensors,
             "cu_chunks": cu_chunks,
             **passed,
@@ -336,7 +420,7 @@ def _backward(
             "blocks": walk.blocks,
             **clamped,
         },
-        {**options, "ROWS": _ROWS, **walk.constants},
+        {**options, "ROWS": _ROWS, "STAGES": _STAGES, "REACH": _REACH, **walk.constants},
         num_warps=1,
     )
     return few_sums(dots)

@@ -91,11 +91,17 @@ def after(b_x, gate, b_state):
 
 
 @triton.jit
+def clamped(b_p, low, high):
+    """P between the limits; NaN stays."""
+    return tl.where(b_p < low, low, tl.where(b_p > high, high, b_p))
+
+
+@triton.jit
 def opening(p, starts, o_t, m_t, low, high, SMOOTH: tl.constexpr):
     """P of a chunk that opens at position t, and how much of the chunk before passes it."""
     if SMOOTH:
         b_p = tl.load(p + o_t, mask=m_t, other=1)
-        b_p = tl.where(b_p < low, low, tl.where(b_p > high, high, b_p))
+        b_p = clamped(b_p, low, high)
         b_gate = tl.where(tl.load(starts + o_t, mask=m_t, other=1) != 0, 0.0, 1 - b_p)
     else:
         b_p = tl.zeros_like(o_t).to(tl.float32) + 1
