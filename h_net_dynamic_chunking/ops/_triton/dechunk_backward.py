@@ -29,6 +29,7 @@ from h_net_dynamic_chunking.ops._triton.tiles import (
     chunks_of_lane,
     of_lane,
     row,
+    words,
 )
 from h_net_dynamic_chunking.ops._triton.walk import (
     carry,
@@ -84,7 +85,7 @@ def _open(
         gate = tl.where(is_start, 0.0, 1 - weight)
         b_change = -tl.where(is_start, 0.0, b_s)
         if WEIGH:
-            b_change += b_z.to(tl.float32)
+            b_change += b_z
         m_none = (raw < low) | (raw > high) | (i_c < 0)
         b_grad_p = tl.where(m_none, 0.0, _dot(b_v, b_change))
     b_grad_z = (b_v * weight if WEIGH else b_v).to(grad_z.dtype.element_ty)
@@ -112,24 +113,28 @@ def _step(
     WEIGH: tl.constexpr,
     SMOOTH: tl.constexpr,
     CONFIDENCE: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    Z: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Over the positions of a lane. Returns, of each, the gradient of its p as `_dot` does."""
+    """Over the positions of a lane; G, S and Z are the types of the rows. Returns v, s, and of each
+    position the gradient of its p, as `_dot` does."""
     b_dots = ()
     for k in tl.static_range(ROWS - 1, -1, -1):
-        b_g = row(b_gs, k).to(tl.float32)
+        b_g = row(b_gs, k, G)
         b_v += b_g
         b_dot = _dot(b_g, b_s) if CONFIDENCE != "none" else tl.zeros_like(_dot(b_g, b_s))
         i_c = i_chunks[k + 1]
         if i_c != i_chunks[k]:
-            b_s = row(b_ss, k).to(tl.float32)
+            b_s = row(b_ss, k, S)
             raw = of_lane(b_ps[k], lane).to(tl.float32, bitcast=True) if SMOOTH else 1.0
             is_start = (begins >> k) & 1 != 0
             b_grad_p, b_v = _open(
                 b_v,
                 b_s,
-                row(b_zs, k),
+                row(b_zs, k, Z),
                 i_c,
                 raw,
                 is_start,
@@ -145,8 +150,7 @@ def _step(
             b_dot += b_grad_p
         elif CONFIDENCE == "of decision":
             b_dot = -b_dot
-        # In the tail the vector of a chunk may be anything.
-        b_dots += (tl.where(i_c >= 0, b_dot, 0.0),)
+        b_dots += (b_dot,)
     return b_dots, b_v, b_s
 
 
@@ -162,6 +166,7 @@ def _walk(
     grad_z,
     p_dots,
     size,
+    i_d,
     o_d,
     m_d,
     low,
@@ -172,6 +177,7 @@ def _walk(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Over the positions that the lanes know `about`, of which the first has p_grad and p_dots.
     b_v is what comes in, b_s the vector of the last one's chunk; both are returned for the next."""
@@ -183,14 +189,12 @@ def _walk(
         # Of what belongs to chunks little is loaded: what is new where they change.
         m_c = b_c >= 0
         m_z, m_s = m_c & (b_c != b_c_before), (b_c_before >= 0) & (b_c != b_c_before)
-        o_g = (lane * ROWS + tl.arange(0, ROWS))[:, None] * D + o_d[None, :]
-        b_gs = tl.load(p_grad + o_g, mask=m_c[:, None] & m_d[None, :], other=0)
-        o_s = b_c_before.to(tl.int64)[:, None] * D + o_d[None, :]
-        b_ss = tl.load(smoothed + o_s, mask=m_s[:, None] & m_d[None, :], other=0)
+        o_t = lane * ROWS + tl.arange(0, ROWS)
+        b_gs = words(p_grad, o_t, m_c, i_d, D, BLOCK_D)
+        b_ss = words(smoothed, b_c_before.to(tl.int64), m_s, i_d, D, BLOCK_D)
         b_zs = b_ss
         if WEIGH:
-            o_z = b_c.to(tl.int64)[:, None] * D + o_d[None, :]
-            b_zs = tl.load(z + o_z, mask=m_z[:, None] & m_d[None, :], other=0)
+            b_zs = words(z, b_c.to(tl.int64), m_z, i_d, D, BLOCK_D)
         b_dots, b_v, b_s = _step(
             b_gs,
             b_ss,
@@ -209,6 +213,9 @@ def _walk(
             WEIGH,
             SMOOTH,
             CONFIDENCE,
+            p_grad.dtype.element_ty,
+            smoothed.dtype.element_ty,
+            z.dtype.element_ty if WEIGH else smoothed.dtype.element_ty,
             ROWS,
             D,
         )
@@ -256,6 +263,11 @@ def dechunk_bwd_kernel(
     i_b = blocks - 1 - i_b
     i_start = i_b * block
     i_stop = tl.minimum(i_start + block, T)
+    i_tile = i_start + (i_stop - i_start - 1) // TILE * TILE
+    about = about_positions(p, chunk, starts, i_tile, i_stop, SMOOTH, ROWS)
+    i_last = tl.load(chunk + i_stop - 1)
+    m_last = m_d & (tl.zeros_like(o_d) + i_last >= 0)
+    b_last = tl.load(smoothed + i_last * D + o_d, mask=m_last, other=0)
     if LOOKS_AHEAD:
         b_v = look_ahead(
             grad,
@@ -264,37 +276,35 @@ def dechunk_bwd_kernel(
             starts,
             i_stop,
             T,
-            o_d,
-            m_d,
+            i_d,
             low,
             high,
             ROWS,
             STAGES,
             REACH,
             D,
+            BLOCK_D,
             NEGLIGIBLE,
         )
     else:
         # v of the position behind the block, and how much of it comes in.
         b_v = carry(states, through, i_b + 1, blocks, o_d, m_d, D, 1, NEGLIGIBLE)
         b_v = passes(gates_into(p, chunk, starts, i_stop, i_stop < T, low, high, SMOOTH), b_v)
-    i_last = tl.load(chunk + i_stop - 1)
-    m_last = m_d & (tl.zeros_like(o_d) + i_last >= 0)
-    b_s = tl.load(smoothed + i_last * D + o_d, mask=m_last, other=0).to(tl.float32)
-    i_tile = i_start + (i_stop - i_start - 1) // TILE * TILE
+    b_s = b_last.to(tl.float32)
     while i_tile >= i_start:
         size = tl.minimum(i_stop - i_tile, TILE).to(tl.int32)
         b_v, b_s = _walk(
             grad + i_tile * D,
             z,
             smoothed,
-            about_positions(p, chunk, starts, i_tile, i_stop, SMOOTH, ROWS),
+            about,
             tl.cdiv(size, ROWS),
             b_v,
             b_s,
             grad_z,
             dots + i_d * T + i_tile,
             size,
+            i_d,
             o_d,
             m_d,
             low,
@@ -305,8 +315,11 @@ def dechunk_bwd_kernel(
             ROWS,
             STAGES,
             D,
+            BLOCK_D,
         )
         i_tile -= TILE
+        if i_tile >= i_start:
+            about = about_positions(p, chunk, starts, i_tile, i_stop, SMOOTH, ROWS)
     # Slots behind the last chunk belong to no block: all share in clearing them.
     for i_c in range(tl.load(cu_chunks + B).to(tl.int64) + i_b, M, blocks):
         tl.store(grad_z + i_c * D + o_d, tl.zeros_like(o_d).to(grad_z.dtype.element_ty), mask=m_d)
@@ -373,6 +386,11 @@ def expand_bwd(grad: Tensor, smoothed: Tensor, chunk: Tensor) -> tuple[Tensor, T
     )
 
 
+def _in_words(x: Tensor) -> Tensor:
+    """x, or a copy in float32 if its rows are no words of 32 bits."""
+    return x if x.shape[1] * x.itemsize % 4 == 0 == x.data_ptr() % 4 else x.float()
+
+
 def _backward(
     grad: Tensor,
     z: Tensor,
@@ -386,7 +404,8 @@ def _backward(
     options: dict[str, object],
 ) -> Tensor:
     """Fills grad_z, and returns the gradient of each position's p."""
-    grad, smoothed, total = grad.contiguous(), smoothed.contiguous(), chunk.shape[0]
+    grad, z, smoothed = (_in_words(x.contiguous()) for x in (grad, z, smoothed))
+    total = chunk.shape[0]
     widest = max(grad.itemsize, z.itemsize, smoothed.itemsize)
     walk = divide(z, total, _ROW // widest, _PROGRAMS)
     tensors = {"p": p, "chunk": chunk, "starts": starts}

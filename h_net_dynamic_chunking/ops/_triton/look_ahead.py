@@ -15,6 +15,7 @@ from h_net_dynamic_chunking.ops._triton.tiles import (
     chunks_of_lane,
     of_lane,
     row,
+    words,
 )
 from h_net_dynamic_chunking.ops._triton.walk import clamped, counts, opening, program
 
@@ -65,18 +66,18 @@ def look_ahead(
     starts,
     i_stop,
     T,
-    o_d,
-    m_d,
+    i_d,
     low,
     high,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     POSITIONS: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     NEGLIGIBLE: tl.constexpr,
 ):
     """What of v at i_stop reaches the position before it: a walk from as far as is felt there."""
-    b_v = tl.zeros(o_d.shape, tl.float32)
+    b_v = tl.zeros([BLOCK_D], tl.float32)
     i_end = _reach(p, chunk, starts, i_stop, T, low, high, POSITIONS, NEGLIGIBLE)
     i_tile = i_stop + (i_end - i_stop) // (32 * ROWS) * (32 * ROWS)
     while i_tile >= i_stop:
@@ -88,11 +89,11 @@ def look_ahead(
             lane = lanes - 1 - i
             i_chunks = chunks_of_lane(b_before, b_chunks, lane, ROWS)
             begins = of_lane(b_begins, lane)
-            m_rows = (as_vector(i_chunks, 1, ROWS) >= 0)[:, None] & m_d[None, :]
-            o_rows = (lane * ROWS + tl.arange(0, ROWS))[:, None] * D + o_d[None, :]
-            b_gs = tl.load(grad + i_tile * D + o_rows, mask=m_rows, other=0)
+            m_t = as_vector(i_chunks, 1, ROWS) >= 0
+            o_t = lane * ROWS + tl.arange(0, ROWS)
+            b_gs = words(grad + i_tile * D, o_t, m_t, i_d, D, BLOCK_D)
             for k in tl.static_range(ROWS - 1, -1, -1):
-                b_v += row(b_gs, k).to(tl.float32)
+                b_v += row(b_gs, k, grad.dtype.element_ty)
                 if i_chunks[k + 1] != i_chunks[k]:
                     raw = of_lane(b_ps[k], lane).to(tl.float32, bitcast=True)
                     is_start = (begins >> k) & 1 != 0

@@ -60,9 +60,29 @@ def as_vector(numbers, first: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def row(b_tile, k: tl.constexpr):
-    """Row k, bit by bit: one warp holds whole rows, so that nothing is added or moved."""
-    bits: tl.constexpr = tl.int16 if b_tile.dtype.primitive_bitwidth == 16 else tl.int32
-    m_row = (tl.arange(0, b_tile.shape[0]) == k)[:, None]
-    b_row = tl.sum(tl.where(m_row, b_tile.to(bits, bitcast=True), 0), axis=0)
-    return b_row.to(bits).to(b_tile.dtype, bitcast=True)
+def words(rows, o_row, m_row, i_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stretch i_d of some rows, as words of 32 bits: two channels each, or one of float32. Of two
+    that come apart as one, neither takes more than one instruction."""
+    PER: tl.constexpr = 32 // rows.dtype.element_ty.primitive_bitwidth
+    o_w = i_d.to(tl.int32) * (BLOCK_D // PER) + tl.arange(0, BLOCK_D // PER)
+    m_w = m_row[:, None] & (o_w * PER < D)[None, :]
+    if D % BLOCK_D == 0:
+        m_w = tl.broadcast_to(m_row[:, None], [m_row.shape[0], BLOCK_D // PER])
+    p_words = rows.to(tl.pointer_type(tl.int32))
+    return tl.load(p_words + o_row[:, None] * (D // PER) + o_w[None, :], mask=m_w, other=0)
+
+
+@triton.jit
+def row(b_words, k: tl.constexpr, DTYPE: tl.constexpr):
+    """Row k of `words` in float32. One warp holds whole rows: nothing is added or moved."""
+    m_row = (tl.arange(0, b_words.shape[0]) == k)[:, None]
+    b_row = tl.sum(tl.where(m_row, b_words, 0), axis=0)
+    if DTYPE.is_fp32():
+        return b_row.to(tl.float32, bitcast=True)
+    if DTYPE.is_bf16():
+        b_even = (b_row << 16).to(tl.float32, bitcast=True)
+        b_odd = (b_row & -65536).to(tl.float32, bitcast=True)
+    else:
+        b_even = b_row.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        b_odd = (b_row >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return tl.reshape(tl.join(b_even, b_odd), [2 * b_row.shape[0]])

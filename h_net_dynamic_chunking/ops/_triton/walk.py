@@ -147,4 +147,8 @@ def program(D: tl.constexpr, BLOCK_D: tl.constexpr):
     i_p = tl.program_id(0).to(tl.int64)
     i_d = i_p % tl.cdiv(D, BLOCK_D)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    return i_p // tl.cdiv(D, BLOCK_D), i_d, o_d, o_d < D
+    m_d = o_d < D
+    if D % BLOCK_D == 0:
+        # Known when it is compiled.
+        m_d = tl.full([BLOCK_D], 1, tl.int1)
+    return i_p // tl.cdiv(D, BLOCK_D), i_d, o_d, m_d
