@@ -102,6 +102,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.float32: "*fp32",
 }
 
@@ -198,10 +199,16 @@ def call_launchers() -> None:
             short_memory=short_memory,
         )
     dechunk_forward.expand_fwd(z, *walked, None, x.dtype)
-    for straight_through, short_memory in ((False, False), (True, False), (True, True)):
+    for dtype, straight_through, short_memory in (
+        (x.dtype, False, False),
+        (x.dtype, True, False),
+        (x.dtype, True, True),
+        (torch.float16, True, True),
+        (torch.float32, True, True),
+    ):
         dechunk_backward.dechunk_bwd(
-            x,
-            z,
+            x.to(dtype),
+            z.to(dtype),
             z,
             p,
             s.chunk_of_position,

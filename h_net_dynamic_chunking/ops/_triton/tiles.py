@@ -77,12 +77,14 @@ def row(b_words, k: tl.constexpr, DTYPE: tl.constexpr):
     """Row k of `words` in float32. One warp holds whole rows: nothing is added or moved."""
     m_row = (tl.arange(0, b_words.shape[0]) == k)[:, None]
     b_row = tl.sum(tl.where(m_row, b_words, 0), axis=0)
-    if DTYPE.is_fp32():
-        return b_row.to(tl.float32, bitcast=True)
-    if DTYPE.is_bf16():
-        b_even = (b_row << 16).to(tl.float32, bitcast=True)
-        b_odd = (b_row & -65536).to(tl.float32, bitcast=True)
+    if DTYPE == tl.float32:  # noqa: SIM300
+        b_x = b_row.to(tl.float32, bitcast=True)
     else:
-        b_even = b_row.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        b_odd = (b_row >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return tl.reshape(tl.join(b_even, b_odd), [2 * b_row.shape[0]])
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            b_even = (b_row << 16).to(tl.float32, bitcast=True)
+            b_odd = (b_row & -65536).to(tl.float32, bitcast=True)
+        else:
+            b_even = b_row.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+            b_odd = (b_row >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        b_x = tl.reshape(tl.join(b_even, b_odd), [2 * b_row.shape[0]])
+    return b_x
