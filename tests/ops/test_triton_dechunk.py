@@ -63,6 +63,40 @@ def test_a_short_memory_over_many_blocks() -> None:
     assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation, short_memory=True), z, p)
 
 
+@pytest.mark.parametrize("programs", [1, 1024])
+def test_more_positions_than_the_lanes_of_a_warp_know(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a block of the walk backward, or behind it as far as anything is felt there."""
+    from h_net_dynamic_chunking.ops._triton import dechunk_backward
+
+    monkeypatch.setattr(dechunk_backward, "_PROGRAMS", programs)
+    mask = boundaries(600, device=DEVICE)
+    mask[100:400] = False
+    segmentation = segment(mask, cumulative([600], DEVICE))
+    z = randn(len(segmentation.boundary_positions), 2)
+    assert dechunk_backward._LONG * len(z) >= 600
+    p = (probabilities(600).detach() * 0.1 + 0.5).requires_grad_()
+    assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation, short_memory=True), z, p)
+
+
+def test_rows_that_are_no_words() -> None:
+    """Of an odd width, or that begin in the middle of 32 bits."""
+    segmentation = segment(boundaries(20, device=DEVICE), cumulative([12, 8], DEVICE))
+    chunks = len(segmentation.boundary_positions)
+    p = probabilities(20).detach().to(DEVICE).requires_grad_()
+    for dim, offset in ((3, 0), (4, 1)):
+        results = []
+        for backend in ("torch", "triton"):
+            storage = randn(offset + 20 * dim, device=DEVICE).detach().bfloat16()
+            grad = storage[offset:].view(20, dim)
+            z = randn(chunks, dim, device=DEVICE).detach().bfloat16().requires_grad_()
+            with use_backend(backend):
+                results.append(torch.autograd.grad(dechunk(z, p, segmentation), (z, p), grad))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_few_sums(parts: int) -> None:
     """Longer than a program."""
