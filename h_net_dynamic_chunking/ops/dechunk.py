@@ -12,7 +12,8 @@ Contract
     out:           (total, dim), in `dtype`; where there is no chunk, the residual
 
 Accumulates in float32 (float64 for float64), and the kernels round once, at the end. The gradient
-of the probabilities has two parts, from the smoothing and from the confidence. On a GPU what lies
+of the probabilities has two parts, from the smoothing and from the confidence; both are products
+with the smoothed chunks, which wait for the backward pass in the dtype of z. On a GPU what lies
 between, (chunks, dim) smoothed, is not written unless the backward pass will want it. The
 projection is in here because its backward pass wants the gradient as it comes: between two
 operations, autograd would widen it to the float32 of what is added.
