@@ -33,7 +33,12 @@ def test_dechunk(lens: list[int], share: float) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"straight_through": False}, {"weigh_input": False}, {"clamp": 0.1}],
+    [
+        {"straight_through": False},
+        {"weigh_input": False},
+        {"clamp": 0.1},
+        {"clamp": 0.1, "short_memory": True},
+    ],
 )
 @pytest.mark.parametrize("limit", [None, 2])
 def test_options(options: dict[str, Any], limit: int | None) -> None:
@@ -80,6 +85,20 @@ def test_more_positions_than_the_lanes_of_a_warp_know(
     assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation, short_memory=True), z, p)
 
 
+def test_a_gradient_of_float64() -> None:
+    """As a result of that dtype has one, while the chunks are for the kernels."""
+    segmentation = segment(boundaries(20, device=DEVICE), cumulative([12, 8], DEVICE))
+    z = randn(len(segmentation.boundary_positions), 3, device=DEVICE).detach().float()
+    z.requires_grad_()
+    p = probabilities(20).detach().float().to(DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            out = dechunk(z, p, segmentation, dtype=torch.float64)
+            results.append(torch.autograd.grad(out.square().sum(), z)[0])
+    torch.testing.assert_close(*results)
+
+
 def test_rows_that_are_no_words() -> None:
     """Of an odd width, or that begin in the middle of 32 bits."""
     segmentation = segment(boundaries(20, device=DEVICE), cumulative([12, 8], DEVICE))
@@ -116,7 +135,8 @@ def test_wider_than_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation), z, probabilities(9))
 
 
-def test_strided_input_and_tails_of_nan() -> None:
+@pytest.mark.parametrize("short_memory", [False, True])
+def test_strided_input_and_tails_of_nan(short_memory: bool) -> None:
     """Of positions, and of the slots that a limit leaves unused."""
     mask, cu_seqlens = boundaries(70, device=DEVICE), cumulative([3, 60], DEVICE)
     segmentation = segment(mask, cu_seqlens, 30)
@@ -124,7 +144,9 @@ def test_strided_input_and_tails_of_nan() -> None:
     z, p = randn(60, 12), probabilities(70)
     with torch.no_grad():
         z[kept:], p[63:] = torch.nan, torch.nan
-    assert_kernels_agree(lambda z, p: dechunk(z[:, ::2], p, segmentation), z, p)
+    assert_kernels_agree(
+        lambda z, p: dechunk(z[:, ::2], p, segmentation, short_memory=short_memory), z, p
+    )
 
 
 def test_slots_without_any_position() -> None:

@@ -42,7 +42,7 @@ from h_net_dynamic_chunking.ops._triton.walk import (
 
 # Bytes of a row that a program takes: one warp with 16 bytes a thread.
 _ROW = 512
-# All at once, in one wave: their shared memory is what an H200 has.
+# All at once, for rows of up to four stretches: their shared memory is what an H200 has.
 _PROGRAMS = 1024
 # Positions of a step of the walk, and how deep its loads are pipelined: one step is on its way.
 _ROWS, _STAGES = 8, 3
@@ -387,8 +387,9 @@ def expand_bwd(grad: Tensor, smoothed: Tensor, chunk: Tensor) -> tuple[Tensor, T
 
 
 def _in_words(x: Tensor) -> Tensor:
-    """x, or a copy in float32 if its rows are no words of 32 bits."""
-    return x if x.shape[1] * x.itemsize % 4 == 0 == x.data_ptr() % 4 else x.float()
+    """x, or a copy in float32 if its rows are no words of 32 bits, or its numbers longer ones."""
+    fits = x.itemsize <= 4 and x.shape[1] * x.itemsize % 4 == 0 == x.data_ptr() % 4
+    return x if fits else x.float()
 
 
 def _backward(

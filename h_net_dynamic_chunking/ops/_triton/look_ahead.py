@@ -44,7 +44,7 @@ def _reach(
     i_end = i_stop
     while (i_end < T) & counts(weight, NEGLIGIBLE):
         o_t = i_end + tl.arange(0, POSITIONS)
-        # Where a chunk opens nobody asks for its gate, so that one of NaN is seen; none behind is.
+        # By the gates before its own: one of NaN is seen where it opens a chunk, and none behind.
         m_gates = (o_t > i_stop) & (o_t <= T)
         b_gate = gates_into(p, chunk, starts, o_t - 1, m_gates, low, high, True)
         b_gate = tl.where(m_gates & (b_gate == b_gate), b_gate, tl.where(m_gates, 0.0, 1.0))

@@ -61,8 +61,8 @@ def as_vector(numbers, first: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def words(rows, o_row, m_row, i_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stretch i_d of some rows, as words of 32 bits: two channels each, or one of float32. Of two
-    that come apart as one, neither takes more than one instruction."""
+    """Stretch i_d of some rows, as words of 32 bits: two channels each, or one of float32. Each of
+    two comes out of its word in one instruction."""
     PER: tl.constexpr = 32 // rows.dtype.element_ty.primitive_bitwidth
     o_w = i_d.to(tl.int32) * (BLOCK_D // PER) + tl.arange(0, BLOCK_D // PER)
     m_w = m_row[:, None] & (o_w * PER < D)[None, :]

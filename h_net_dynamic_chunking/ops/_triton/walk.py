@@ -7,7 +7,7 @@ comes from a first kernel: the state at the end of each block, as if nothing had
 how much goes through the block. Both stop looking back where nothing that far away has weight, so
 that with P above a half they read a few chunks; with any other P they read as many as there are,
 and are as exact. Backward is the same in reverse. Where the memory is said to be short, a program
-of the forward pass walks those few chunks itself.
+walks what is felt in its block itself.
 
 A number that is not finite spreads to its channel of the chunks behind it in its sequence, as far
 as their gates let through more than `NEGLIGIBLE`, and to nothing else.
