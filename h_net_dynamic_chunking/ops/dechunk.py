@@ -268,21 +268,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (
-        z,
-        probs,
-        *indices,
-        residual,
-        weight,
-        bias,
-        _,
-        straight_through,
-        weigh_input,
-        clamp,
-        _,
-        short,
-    ) = inputs
-    ctx.options = straight_through, weigh_input, clamp, short
+    z, probs, *indices, residual, weight, bias = inputs[:-6]
+    _, *options, _, short_memory = inputs[-6:]
+    ctx.options = *options, short_memory
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.has_bias = bias is not None
     ctx.backend = chosen_backend()

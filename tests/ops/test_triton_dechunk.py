@@ -85,6 +85,40 @@ def test_more_positions_than_the_lanes_of_a_warp_know(
     assert_kernels_agree(lambda z, p: dechunk(z, p, segmentation, short_memory=True), z, p)
 
 
+def test_a_short_memory_needs_no_kernel_of_its_own_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from h_net_dynamic_chunking.ops._triton import dechunk_backward
+
+    monkeypatch.delattr(dechunk_backward, "begins_kernel")
+    segmentation = segment(boundaries(20, 0.4, device=DEVICE), cumulative([20], DEVICE))
+    z = randn(len(segmentation.boundary_positions), 2, device=DEVICE).detach().float()
+    z.requires_grad_()
+    p = torch.full((20,), 0.6, device=DEVICE)
+    with use_backend("triton"):
+        dechunk(z, p, segmentation, short_memory=True).sum().backward()
+        with pytest.raises(NameError, match="begins_kernel"):
+            dechunk(z, p, segmentation).sum().backward()
+
+
+@pytest.mark.parametrize("short_memory", [False, True])
+@pytest.mark.parametrize("behind", [0, 1, 5])
+def test_a_gate_of_nan_reaches_the_blocks_before(short_memory: bool, behind: int) -> None:
+    """As far as in torch: a number that is not finite has no weight under which it is cut off."""
+    segmentation = segment(boundaries(64, 0.4, device=DEVICE), cumulative([64], DEVICE))
+    chunks = len(segmentation.boundary_positions)
+    at = int(segmentation.chunk_of_position[32]) + behind
+    p = torch.full((64,), 0.5, device=DEVICE)
+    p[segmentation.boundary_positions[at]] = torch.nan
+    found = []
+    for backend in ("torch", "triton"):
+        z = randn(chunks, 2, device=DEVICE).detach().float().requires_grad_()
+        with use_backend(backend):
+            out = dechunk(z, p, segmentation, short_memory=short_memory)
+            found.append(torch.autograd.grad(out, z, torch.ones_like(out))[0].isnan())
+    assert torch.equal(*found)
+
+
 def test_a_gradient_of_float64() -> None:
     """As a result of that dtype has one, while the chunks are for the kernels."""
     segmentation = segment(boundaries(20, device=DEVICE), cumulative([12, 8], DEVICE))

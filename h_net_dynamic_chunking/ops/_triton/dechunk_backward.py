@@ -53,6 +53,12 @@ _LONG = 8
 
 
 @triton.jit
+def _if_there(i_c, o_d, m_d):
+    """m_d for a chunk, nowhere for none. The interpreter makes no mask of a scalar."""
+    return m_d & (tl.zeros_like(o_d) + i_c >= 0)
+
+
+@triton.jit
 def _dot(b_x, b_y):
     """The product of two vectors, as numbers that remain to be summed: one a thread."""
     LANES: tl.constexpr = b_x.shape[0] if b_x.shape[0] < 32 else 32
@@ -89,7 +95,7 @@ def _open(
         m_none = (raw < low) | (raw > high) | (i_c < 0)
         b_grad_p = tl.where(m_none, 0.0, _dot(b_v, b_change))
     b_grad_z = (b_v * weight if WEIGH else b_v).to(grad_z.dtype.element_ty)
-    m_c = m_d & (tl.zeros_like(o_d) + i_c >= 0)
+    m_c = _if_there(i_c, o_d, m_d)
     tl.store(grad_z + i_c.to(tl.int64) * D + o_d, b_grad_z, mask=m_c)
     return b_grad_p, passes(gate, b_v)
 
@@ -260,13 +266,14 @@ def dechunk_bwd_kernel(
     p where a chunk opens and 1 - p elsewhere."""
     TILE: tl.constexpr = 32 * ROWS
     i_b, i_d, o_d, m_d = program(D, BLOCK_D)
+    # The last block first: its gradients are what a kernel before this one has left in the cache.
     i_b = blocks - 1 - i_b
     i_start = i_b * block
     i_stop = tl.minimum(i_start + block, T)
     i_tile = i_start + (i_stop - i_start - 1) // TILE * TILE
     about = about_positions(p, chunk, starts, i_tile, i_stop, SMOOTH, ROWS)
     i_last = tl.load(chunk + i_stop - 1)
-    m_last = m_d & (tl.zeros_like(o_d) + i_last >= 0)
+    m_last = _if_there(i_last, o_d, m_d)
     b_last = tl.load(smoothed + i_last * D + o_d, mask=m_last, other=0)
     if LOOKS_AHEAD:
         b_v = look_ahead(
@@ -401,11 +408,12 @@ def _backward(
     starts: Tensor,
     cu_chunks: Tensor,
     grad_z: Tensor,
-    clamped: dict[str, float],
+    between: dict[str, float],
     options: dict[str, object],
 ) -> Tensor:
     """Fills grad_z, and returns the gradient of each position's p."""
-    grad, z, smoothed = (_in_words(x.contiguous()) for x in (grad, z, smoothed))
+    grad, smoothed = _in_words(grad.contiguous()), _in_words(smoothed.contiguous())
+    z = _in_words(z.contiguous()) if options["WEIGH"] else smoothed
     total = chunk.shape[0]
     widest = max(grad.itemsize, z.itemsize, smoothed.itemsize)
     walk = divide(z, total, _ROW // widest, _PROGRAMS)
@@ -417,7 +425,7 @@ def _backward(
         launch(
             begins_kernel,
             walk.programs,
-            {"grad": grad, **tensors, **passed, "T": total, "block": walk.block, **clamped},
+            {"grad": grad, **tensors, **passed, "T": total, "block": walk.block, **between},
             {"SMOOTH": options["SMOOTH"], "ROWS": _AHEAD, **walk.constants},
             num_warps=1,
         )
@@ -438,7 +446,7 @@ def _backward(
             "M": z.shape[0],
             "block": walk.block,
             "blocks": walk.blocks,
-            **clamped,
+            **between,
         },
         {**options, "ROWS": _ROWS, "STAGES": _STAGES, "REACH": _REACH, **walk.constants},
         num_warps=1,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from h_net_dynamic_chunking.ops._triton.common import launch
 from h_net_dynamic_chunking.ops._triton.walk import (
-    PROGRAMS,
     after,
     block_of_positions,
     carry,
@@ -31,6 +30,8 @@ _BLOCK_D = 256
 # Programs that are handed nothing: more than run at once, so that some read while others write.
 # Half as many took 6% longer (H200, blocks of 125 for 64 positions, benchmarks/RESULTS.md).
 _PROGRAMS = 4096
+# Programs that are handed what comes in. Half as many leave the GPU idle (H200).
+_HANDED_IN = 2048
 # Positions that are written at a time, and chunks that are loaded at a time.
 _ROWS, _CHUNKS = 4, 8
 # Chunks that are looked back over at a time.
@@ -370,7 +371,7 @@ def _forward(
     z = z.contiguous()
     total, dim = chunk.shape[0], z.shape[1]
     is_handed_in = smooth and not short_memory
-    walk = divide(z, total, _BLOCK_D, PROGRAMS if is_handed_in else _PROGRAMS)
+    walk = divide(z, total, _BLOCK_D, _HANDED_IN if is_handed_in else _PROGRAMS)
     tensors = {"z": z, "p": p, "chunk": chunk, "positions": positions, "starts": starts}
     passed = passed_on(walk, z) if is_handed_in else {"states": p, "through": p}
     numbers = {"T": total, "block": walk.block, **limits(clamp)}

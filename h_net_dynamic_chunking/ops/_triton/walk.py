@@ -35,16 +35,15 @@ class Walk(NamedTuple):
     """D, BLOCK_D and NEGLIGIBLE, of every kernel."""
 
 
-# For walks that are handed what comes in. At 65536 x 1024 half as many leave the GPU idle, and
-# twice as many lose 2% backward (H200). Narrower channels get more blocks instead.
-PROGRAMS = 2048
 # A 256th of what float32 rounds off, and a 500th of what the others do.
 _NEGLIGIBLE = {torch.float32: 2.0**-32, torch.float16: 2.0**-20, torch.bfloat16: 2.0**-17}
 _SMALLEST_BLOCK = 32
 
 
-def divide(x: Tensor, total: int, block_d: int, programs: int = PROGRAMS) -> Walk:
-    """Blocks of positions and stretches of channels for chunks x (chunks, dim)."""
+def divide(x: Tensor, total: int, block_d: int, programs: int) -> Walk:
+    """Blocks of positions and stretches of channels for chunks x (chunks, dim).
+
+    `programs` are wanted for up to four stretches; narrower channels get more blocks."""
     return _divide(x.shape[1], x.dtype, total, block_d, programs)
 
 
